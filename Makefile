@@ -1,0 +1,23 @@
+# make demo: train the three stages on the toy set, sample, evaluate.   make test: the whole test suite.
+PYTHON ?= python3
+RUN ?= runs/toy-shapes
+BIN = .venv/bin
+
+.PHONY: demo test
+
+demo: .venv/ready
+	$(BIN)/python train.py --stage pretrain --run $(RUN)
+	$(BIN)/python train.py --stage flowmap --run $(RUN)
+	$(BIN)/python train.py --stage distill --run $(RUN)
+	$(BIN)/python sample.py --run $(RUN) --prompts assets/prompts.txt --steps 4 --out $(RUN)/clips/clip.mp4 --sheet $(RUN)/clips/sheet.png
+	$(BIN)/python eval.py --run $(RUN)
+	@echo "clips: $(RUN)/clips    figure: $(RUN)/eval/curve.png    table: $(RUN)/eval/table.md"
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q tests
+
+.venv/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

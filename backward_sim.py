@@ -1,0 +1,41 @@
+"""Rollouts that are trained through: from noise z_1 to a sample z_0 with gradient (METHOD section 6).
+
+Pure functions of a callable u(z, t, r) and a grid 1 = t_0 > ... > t_N = 0 (floats, equal on all ranks).
+"""
+import torch
+
+from flowmap import check_grid, consistency_sample, flow_map, interpolate
+
+
+def flow_map_simulation(u, z_1: torch.Tensor, grid, step: int) -> torch.Tensor:
+    """Flow-map backward simulation of the N-step Euler rollout around one of its steps.
+
+        z_{t_k}     = map(z_1,         1       -> t_k)          shortcut, absent at k = 0
+        z_{t_{k+1}} = map(z_{t_k},     t_k     -> t_{k+1})      the step being corrected
+        z_0         = map(z_{t_{k+1}}, t_{k+1} -> 0)            shortcut, absent at k = N - 1
+
+    z_1 (B, ...) noise, step = k in 0 .. N - 1. At most three calls, all with gradient, whatever N is. Because the flow
+    map composes, an exact u gives the same z_0 as the whole rollout. Raises ValueError for a step outside the grid.
+    """
+    check_grid(grid)
+    if not 0 <= step < len(grid) - 1:
+        raise ValueError(f"step {step} of a rollout of {len(grid) - 1} steps")
+    z, levels = z_1, sorted({1.0, grid[step], grid[step + 1], 0.0}, reverse=True)
+    for t, r in zip(levels, levels[1:]):
+        t, r = (torch.full((len(z),), time, device=z.device) for time in (t, r))
+        z = flow_map(u, z, t, r)
+    return z
+
+
+def consistency_simulation(u, z_1: torch.Tensor, grid, generator: torch.Generator) -> torch.Tensor:
+    """The baseline: N calls of the consistency sampler (jump to z_0, re-noise), gradient through the last one only."""
+    check_grid(grid)
+    z = z_1
+    if len(grid) > 2:
+        with torch.no_grad():
+            # The sampler over all but the last level ends on a clean sample, which is noised to that level once more.
+            z = consistency_sample(u, z, [*grid[:-2], 0.0], generator)
+            t = torch.full((len(z),), grid[-2], device=z.device)
+            z = interpolate(z, torch.randn(z.shape, generator=generator).to(z), t)
+    t = torch.full((len(z),), grid[-2], device=z.device)
+    return flow_map(u, z, t, torch.zeros_like(t))

@@ -1,0 +1,64 @@
+"""Command lines: every flag documented with its default, a wrong one answered with the nearest right one."""
+import argparse
+import dataclasses
+import difflib
+
+
+def flag(default, help: str, **metadata):
+    """A dataclass field that is also a command-line flag. `help` says what it means and why it has its value."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help, no abbreviations, and suggestions in errors. Errors exit with code 2."""
+
+    def __init__(self, description: str, example: str):
+        super().__init__(description=description, epilog=f"example: {example}", allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse(self, argv=None) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(argv)
+        flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        for word in unknown:
+            if word.startswith("-"):
+                self.error(f"unknown flag {word}{nearest(word.split('=')[0], flags)}")
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}")
+        return known
+
+    def add_config(self, config, default_text=lambda field: f"default {field.default}"):
+        """A flag for every field of a dataclass. Only flags that were given appear in the parsed namespace."""
+        for field in dataclasses.fields(config):
+            kind, choices = type(field.default), field.metadata.get("choices")
+            if kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            else:
+                options = {"type": choice(choices) if choices else kind, "metavar": kind.__name__.upper()}
+            self.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **options,
+                              help=f"{field.metadata['help']} ({default_text(field)})".replace("%", "%%"))
+
+
+def nearest(word: str, words) -> str:
+    """'; did you mean ...?' for an error message, or the list of what is valid when nothing is near."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(words)}"
+
+
+def choice(words):
+    """An argparse type that accepts one of `words` and names the nearest one otherwise."""
+    def parse(word: str) -> str:
+        if word not in words:
+            raise argparse.ArgumentTypeError(f"{word!r} is not known{nearest(word, list(words))}")
+        return word
+    return parse
+
+
+def positive_ints(text: str) -> list[int]:
+    """An argparse type: '1,2,4' -> [1, 2, 4], all at least 1."""
+    try:
+        values = [int(word) for word in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from 1 up with commas, such as 1,2,4")
+    return values

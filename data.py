@@ -1,0 +1,474 @@
+"""Clips and captions: two toy sets drawn on the fly, a folder of the user's videos, and small stand-ins for the video
+autoencoder and the text encoder.
+
+Legend:  B batch   T pixel frames   H, W picture (both `size` for the sets here)   F, h, w latent frames, height, width
+         C latent channels   P values of a pixel patch
+Videos are float32 (B, T, 3, H, W) in [-1, 1], black is -1. Positions are (x, y) in pixels from the upper left corner of
+the picture, y pointing down. Every clip is a pure function of (seed, index): nothing advances a hidden state, so a
+resumed run sees the same clips, and so does any split of the indices over processes.
+"""
+import difflib
+import json
+import re
+import sys
+import zlib
+from functools import cached_property
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+
+COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+DIGITS = "zero one two three four five six seven eight nine".split()
+PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32)         # (4, 3)
+HEADINGS = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)     # (4, 2)
+SUFFIXES = (".mp4", ".gif", ".mov", ".webm")
+
+
+def open_data(name: str, frames: int = 8, size: int = 16):
+    """The data set called 'shapes' or 'digits', or the folder of clips at path `name`, giving clips (frames, 3, size,
+    size). Raises ValueError for any other name, and for a size or length that the set cannot draw."""
+    if frames < 1 or size < 8:
+        raise ValueError(f"clips need frames >= 1 and size >= 8, not frames = {frames}, size = {size}")
+    toys = {"shapes": Shapes, "digits": Digits}
+    if name in toys:
+        return toys[name](frames, size)
+    if not Path(name).is_dir():
+        raise ValueError(f"no data set or folder {str(name)!r}: choose shapes, digits (nearest: "
+                         f"{nearest_word(str(name), list(toys))}) or the path of a folder of clips")
+    return Folder(name, frames, size)
+
+
+def nearest_word(word: str, known: list[str]) -> str:
+    return (difflib.get_close_matches(word, known, n=1, cutoff=0) or ["none"])[0]
+
+
+# Shared by the toy sets: random draws, captions, straight-line motion, and measuring a clip.
+
+def draw(seed: int, indices, count: int) -> torch.Tensor:
+    """Uniform numbers (B, count) in [0, 1), float64, a row being a function of (seed, index) alone."""
+    rows = [np.random.default_rng([0, seed, int(i)]).random(count) for i in indices]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, count, dtype=torch.float64)
+
+
+def choose(captions: list[str], draws: torch.Tensor, wanted: list[str] | None) -> list[str]:
+    """The caption of each clip: as wanted, or drawn evenly by draws (B,)."""
+    if wanted is None:
+        return [captions[i] for i in (draws * len(captions)).long().tolist()]
+    if len(wanted) != len(draws):
+        raise ValueError(f"{len(wanted)} captions for {len(draws)} indices: give one for each")
+    return list(wanted)
+
+
+def caption_labels(captions, known: list[str], attributes: dict) -> dict[str, torch.Tensor]:
+    """Attribute values of captions, {attribute: (B,) long}; `known` is the cross product of the attributes in order."""
+    place = {caption: i for i, caption in enumerate(known)}
+    for caption in captions:
+        if caption not in place:
+            raise ValueError(f"unknown caption {caption!r}; the nearest known one is {nearest_word(caption, known)!r}")
+    flat = torch.tensor([place[caption] for caption in captions], dtype=torch.long)
+    return dict(zip(attributes, torch.unravel_index(flat, [len(values) for values in attributes.values()])))
+
+
+def motion(direction: torch.Tensor, speed: float, frames: int) -> torch.Tensor:
+    """Displacement (B, T, 2) since the first frame, for direction labels (B,) and a speed in pixels a frame."""
+    return HEADINGS[direction][:, None] * (speed * torch.arange(frames))[:, None]
+
+
+def place_inside(draws: torch.Tensor, displacement: torch.Tensor, margin: torch.Tensor, size: int) -> torch.Tensor:
+    """Positions (B, T, 2) whose start, chosen by draws (B, 2), keeps `margin` (B, 1) from every edge in all frames."""
+    low = margin - displacement.amin(1)
+    high = size - margin - displacement.amax(1)
+    return (low + draws.float() * (high - low))[:, None] + displacement
+
+
+def paint(coverage: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+    """Coverage (B, T, H, W) in [0, 1] and colours (B, 3) in [0, 1] -> video."""
+    return coverage[:, :, None] * colour[:, None, :, None, None] * 2 - 1
+
+
+def unit_range(video: torch.Tensor) -> torch.Tensor:
+    """Any video, even one that is not finite, as float32 in [0, 1] on the CPU."""
+    return video.float().cpu().nan_to_num(-1.0).clamp(-1, 1) / 2 + 0.5
+
+
+def foreground(video: torch.Tensor) -> torch.Tensor:
+    """Intensity (B, T, H, W) in [0, 1]: the brightest channel, less a floor so that haze and noise hardly count."""
+    return above_floor(unit_range(video).amax(2))
+
+
+def above_floor(intensity: torch.Tensor) -> torch.Tensor:
+    return (intensity - 0.2).clamp(min=0) / 0.8
+
+
+def centroids(intensity: torch.Tensor) -> torch.Tensor:
+    """Intensity-weighted mean position (B, T, 2); the middle of the picture for an empty frame."""
+    size = intensity.shape[-1]
+    pixel = torch.arange(size) + 0.5
+    mass = intensity.sum((2, 3)) + 1e-6
+    x, y = intensity.sum(2) @ pixel, intensity.sum(3) @ pixel
+    return (torch.stack([x, y], -1) + 1e-6 * size / 2) / mass[..., None]
+
+
+def read_direction(centre: torch.Tensor) -> torch.Tensor:
+    """Direction labels (B,) of tracks (B, T, 2), by the least-squares velocity."""
+    time = torch.arange(centre.shape[1]) - (centre.shape[1] - 1) / 2
+    velocity = torch.einsum("t,btd->bd", time, centre)           # up to a positive factor
+    return (velocity @ HEADINGS.T).argmax(1)
+
+
+def standardise(x: torch.Tensor) -> torch.Tensor:
+    """(B, ...) -> (B, values), each row centred and of length 1, so that a dot product is a correlation."""
+    x = x.flatten(1)
+    return nnf.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-6)
+
+
+class Shapes:
+    """A circle, square or triangle of one of four colours that moves straight in one of four directions.
+
+    Lengths are given for a 16 x 16 picture and scale with its size: radius 2.8 to 3.6, 5.6 pixels of travel a clip
+    (0.8 a frame for 8 frames). The shape stays inside the picture. 48 captions: "a red circle moving left".
+    """
+    RADII = (2.8, 3.6)
+
+    def __init__(self, frames: int = 8, size: int = 16):
+        self.name, self.frames, self.size, self.scale = "shapes", frames, size, size / 16
+        self.speed = 5.6 * self.scale / max(frames - 1, 1)       # pixels a frame
+        self.attributes = {"colour": list(COLOURS), "shape": ["circle", "square", "triangle"],
+                           "direction": list(DIRECTIONS)}
+        self.captions = [f"a {c} {s} moving {d}" for c, s, d in product(*self.attributes.values())]
+
+    def clips(self, indices, seed: int = 0, captions: list[str] | None = None):
+        """Video (B, T, 3, size, size) and its captions, for non-negative ints; ValueError for an unknown caption."""
+        draws = draw(seed, indices, 4)
+        captions = choose(self.captions, draws[:, 0], captions)
+        labels = self.labels(captions)
+        low, high = self.RADII
+        radius = (low + (high - low) * draws[:, 1].float()) * self.scale
+        displacement = motion(labels["direction"], self.speed, self.frames)
+        centre = place_inside(draws[:, 2:], displacement, radius[:, None] + 0.5, self.size)
+        # That is the middle of the bounding box; a triangle's centre of mass lies a third of the radius lower.
+        centre[..., 1] += (radius / 3 * (labels["shape"] == 2))[:, None]
+        return paint(self.render(centre, radius, labels["shape"]), PALETTE[labels["colour"]]), captions
+
+    def labels(self, captions) -> dict[str, torch.Tensor]:
+        return caption_labels(captions, self.captions, self.attributes)
+
+    def render(self, centre: torch.Tensor, radius: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+        """Coverage (B, T, size, size) of shapes with centre of mass (B, T, 2), radius (B,) and shape label (B,).
+
+        A pixel at signed distance d (negative inside) is covered by 1/2 - d: an edge one pixel wide.
+        """
+        pixel = torch.arange(self.size) + 0.5
+        x = pixel - centre[..., 0, None, None]                   # (B, T, 1, W)
+        y = pixel[:, None] - centre[..., 1, None, None]          # (B, T, H, 1)
+        r = radius[:, None, None, None]
+        coverage = torch.empty(*centre.shape[:2], self.size, self.size)
+        for label, distance in enumerate((
+            lambda x, y, r: (x * x + y * y).sqrt() - r,
+            lambda x, y, r: torch.maximum(x.abs(), y.abs()) - 0.9 * r,
+            # As tall as wide: apex 4/3 r above the centre of mass, base 2/3 r below it.
+            lambda x, y, r: torch.maximum((2 * x.abs() - y - 4 / 3 * r) / 5**0.5, y - 2 / 3 * r),
+        )):
+            rows = shape == label
+            coverage[rows] = (0.5 - distance(x[rows], y[rows], r[rows])).clamp(0, 1)
+        return coverage
+
+    def read(self, video: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The attributes seen in any clip (B, T, 3, size, size), real or generated: {attribute: (B,) long}.
+
+        Direction: the track of the centre of mass. Colour: the hue of the foreground. Shape: the drawing, at the
+        measured centres and any radius, that correlates best with the clip. Defined even for noise or black.
+        """
+        intensity = foreground(video)
+        centre, count = centroids(intensity), len(video)
+        mean = torch.einsum("bthw,btchw->bc", intensity, unit_range(video))
+        colour = (mean @ nnf.normalize(PALETTE, dim=1).T).argmax(1)
+        seen, fit = standardise(intensity), torch.zeros(count, 3)
+        for label, radius in product(range(3), torch.linspace(*self.RADII, 3) * self.scale):
+            drawn = self.render(centre, radius.expand(count), torch.full((count,), label))
+            fit[:, label] = torch.maximum(fit[:, label], (seen * standardise(above_floor(drawn))).sum(1))
+        return {"colour": colour, "shape": fit.argmax(1), "direction": read_direction(centre)}
+
+    def nearest(self, video: torch.Tensor) -> torch.Tensor:
+        """The clip of this set closest to `video`: the attributes read from it, the known speed, the least-squares
+        start and the best radius. The PSNR to it scores realism."""
+        labels, intensity, count = self.read(video), foreground(video), len(video)
+        displacement = motion(labels["direction"], self.speed, video.shape[1])
+        centre = (centroids(intensity) - displacement).mean(1, keepdim=True) + displacement
+        radii = torch.linspace(*self.RADII, 9) * self.scale
+        drawn = (above_floor(self.render(centre, radius.expand(count), labels["shape"])) for radius in radii)
+        error = torch.stack([(x - intensity).square().flatten(1).mean(1) for x in drawn], 1)
+        coverage = self.render(centre, radii[error.argmin(1)], labels["shape"])
+        return paint(coverage, PALETTE[labels["colour"]]).to(video.device)
+
+
+class Digits:
+    """A white handwritten digit, one of 1797 images, that moves straight in one of four directions.
+
+    In a 16 x 16 picture the digit is 10 x 10 and travels 4 pixels a clip; both scale with the size. 40 captions:
+    "a handwritten seven moving up". The images are from UCI (see assets/README.md).
+    """
+
+    def __init__(self, frames: int = 8, size: int = 16):
+        self.name, self.frames, self.size, self.scale = "digits", frames, size, size / 16
+        self.speed = 4 * self.scale / max(frames - 1, 1)         # pixels a frame
+        self.attributes = {"digit": DIGITS, "direction": list(DIRECTIONS)}
+        self.captions = [f"a handwritten {n} moving {d}" for n, d in product(*self.attributes.values())]
+        with np.load(Path(__file__).parent / "assets" / "digits.npz") as file:
+            self.images = torch.from_numpy(file["images"]).float() / 16         # (1797, 8, 8) in [0, 1]
+            self.digit = torch.from_numpy(file["labels"]).long()                # (1797,)
+        self.members = [(self.digit == n).nonzero()[:, 0] for n in range(10)]
+
+    def clips(self, indices, seed: int = 0, captions: list[str] | None = None):
+        """Video (B, T, 3, size, size) and its captions, for non-negative ints; ValueError for an unknown caption."""
+        draws = draw(seed, indices, 4)
+        captions = choose(self.captions, draws[:, 0], captions)
+        labels = self.labels(captions)
+        pairs = zip(labels["digit"].tolist(), draws[:, 1].tolist())
+        which = torch.tensor([int(self.members[n][int(u * len(self.members[n]))]) for n, u in pairs], dtype=torch.long)
+        # Interpolation lets the ink fade out over half a source pixel beyond the 10 x 10 box.
+        margin = torch.full((len(draws), 1), (5 + 10 / 16) * self.scale)
+        centre = place_inside(draws[:, 2:], motion(labels["direction"], self.speed, self.frames), margin, self.size)
+        return paint(self.render(centre, which), torch.ones(len(draws), 3)), captions
+
+    def labels(self, captions) -> dict[str, torch.Tensor]:
+        return caption_labels(captions, self.captions, self.attributes)
+
+    def render(self, centre: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        """Coverage (B, T, size, size) of images which (B,), the middle of their boxes at centre (B, T, 2)."""
+        pixel = torch.arange(self.size) + 0.5
+        xy = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"), -1)       # (H, W, 2)
+        grid = (xy - centre[:, :, None, None]) / (5 * self.scale)               # (B, T, H, W, 2); the box is [-1, 1]
+        ink = nnf.grid_sample(self.images[which][:, None], grid.flatten(1, 2), align_corners=False)
+        return ink.view(*grid.shape[:4])
+
+    def align(self, intensity: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+        """The mean frame in a 12 x 12 window around the moving centre: (B, T, H, W) -> (B, 144), standardised."""
+        offset = (torch.arange(12) - 5.5) * self.scale
+        window = centre[:, :, None, None] + torch.stack(torch.meshgrid(offset, offset, indexing="xy"), -1)
+        window = (window * 2 / self.size - 1).flatten(0, 1)      # (B * T, 12, 12, 2), the picture is [-1, 1]
+        seen = nnf.grid_sample(intensity.flatten(0, 1)[:, None], window, align_corners=False)
+        return standardise(seen.view(*centre.shape[:2], 144).mean(1))
+
+    @cached_property
+    def bank(self):
+        """All images as `align` sees them (1797, 144), and their centres of mass from the middle of the box (1797, 2).
+
+        Four half-pixel offsets stand for the frames, so that the bank is blurred as a moving digit is.
+        """
+        phase = torch.tensor([(0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)]) + self.size / 2
+        phase = phase.expand(len(self.images), 4, 2)
+        intensity = foreground(paint(self.render(phase, torch.arange(len(phase))), torch.ones(len(phase), 3)))
+        centre = centroids(intensity)
+        return self.align(intensity, centre), (centre - phase).mean(1)
+
+    def match(self, video: torch.Tensor):
+        """The best image (B,) and the track (B, T, 2) of its centre of mass."""
+        intensity = foreground(video)
+        centre = centroids(intensity)
+        return (self.align(intensity, centre) @ self.bank[0].T).argmax(1), centre
+
+    def read(self, video: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The attributes seen in any clip, real or generated: {attribute: (B,) long}. The digit is that of the image,
+        among all of them, that correlates best with the aligned frames. Defined even for noise or black."""
+        which, centre = self.match(video)
+        return {"digit": self.digit[which], "direction": read_direction(centre)}
+
+    def nearest(self, video: torch.Tensor) -> torch.Tensor:
+        """The clip of this set closest to `video`: the best image on the straight line, at the known speed, that fits
+        the track in the least-squares sense. The PSNR to it scores realism."""
+        which, centre = self.match(video)
+        displacement = motion(read_direction(centre), self.speed, video.shape[1])
+        start = (centre - displacement).mean(1) - self.bank[1][which]
+        return paint(self.render(start[:, None] + displacement, which), torch.ones(len(video), 3)).to(video.device)
+
+
+class Folder:
+    """Clips (mp4, gif, mov, webm) in a folder, each captioned by a .txt file of the same name or by a row
+    {"file": ..., "caption": ...} of any .jsonl file there (the .txt wins).
+
+    Decoded once, into memory, as uint8: the short side resized to `size`, the middle cropped. What cannot be used is
+    named on stderr and skipped; ValueError if nothing is left. There are no attributes to read back.
+    """
+
+    def __init__(self, path, frames: int = 8, size: int = 16):
+        self.name, self.frames, self.size, self.attributes = str(path), frames, size, {}
+        self.videos, self.texts, skipped = [], [], 0             # clips (frames, 3, size, size) and captions
+        files = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in SUFFIXES)
+        captions, problems = read_captions(Path(path), {file.name for file in files})
+        for file in files:
+            try:
+                if not captions.get(file.name):
+                    raise ValueError("no caption")
+                video = torch.stack([fit_frame(frame, size) for frame in imageio.imiter(file)])
+                if len(video) < frames:
+                    raise ValueError(f"{len(video)} frames, {frames} needed")
+                self.videos.append(video)
+                self.texts.append(captions[file.name])
+            except (OSError, RuntimeError, ValueError, SyntaxError, IndexError) as error:   # what decoders raise
+                problems.append(f"{file.name}: {(str(error) or type(error).__name__).splitlines()[0]}")
+                skipped += 1
+        for problem in problems:
+            print(f"skipped {problem}", file=sys.stderr)
+        if problems:
+            print(f"{path}: {len(self.videos)} clips usable, {skipped} skipped", file=sys.stderr)
+        if not self.videos:
+            raise ValueError(f"no usable clip in {path}: expected videos ({', '.join(SUFFIXES)}) of at least {frames} "
+                             'frames, each with a caption in NAME.txt or as a row {"file": ..., "caption": ...} of a '
+                             ".jsonl file")
+        self.captions = sorted(set(self.texts))
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def clips(self, indices, seed: int = 0, captions=None):
+        """Video (B, T, 3, size, size) and its captions. Each len(self) consecutive indices are an epoch that shows
+        every file once, in an order given by (seed, epoch); (seed, index) picks the first frame."""
+        if captions is not None:
+            raise ValueError("the captions of a folder belong to its clips and cannot be chosen")
+        orders, video, texts = {}, [], []
+        for index, first in zip(map(int, indices), draw(seed, indices, 1)[:, 0].tolist()):
+            epoch, place = divmod(index, len(self))
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng([1, seed, epoch]).permutation(len(self))
+            clip = self.videos[orders[epoch][place]]
+            start = int(first * (len(clip) - self.frames + 1))
+            video.append(clip[start : start + self.frames])
+            texts.append(self.texts[orders[epoch][place]])
+        shape = (len(video), self.frames, 3, self.size, self.size)
+        return torch.cat(video).view(shape).float() / 127.5 - 1, texts
+
+    def labels(self, captions) -> dict[str, torch.Tensor]:
+        return {}
+
+    def read(self, video) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def read_captions(folder: Path, names: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Captions of the clips `names`, and a line about each row of a .jsonl file that is of no use."""
+    captions, problems = {}, []
+    for file in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                name, caption = row["file"], row["caption"].strip()
+            except (ValueError, TypeError, KeyError, AttributeError):
+                problems.append(f'{file.name} line {number}: expected {{"file": ..., "caption": ...}}')
+                continue
+            if name not in names:
+                problems.append(f"{file.name} line {number}: there is no clip {name!r}")
+            captions[name] = caption
+    for name in names:
+        text = (folder / name).with_suffix(".txt")
+        if text.is_file():
+            captions[name] = text.read_text("utf-8").strip()
+    return captions, problems
+
+
+def fit_frame(frame: np.ndarray, size: int) -> torch.Tensor:
+    """A decoded frame, (H, W) or (H, W, channels) uint8 -> (3, size, size) uint8: resized and cropped."""
+    frame = np.atleast_3d(frame)
+    frame = frame[..., :3] if frame.shape[2] >= 3 else frame[..., :1].repeat(3, 2)
+    image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()      # (1, 3, H, W)
+    height, width = (max(size, round(side * size / min(image.shape[2:]))) for side in image.shape[2:])
+    image = nnf.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[0, :, top : top + size, left : left + size].round().clamp(0, 255).byte()
+
+
+class PatchPCA:
+    """Stand-in for a video autoencoder: each patch of pixels (P = 2 x 4 x 4 x 3 = 96 values) is projected to C
+    principal components. Components keep their decaying variances; one global scale makes the latents' variance 1."""
+
+    def __init__(self, mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, patch=(2, 4, 4)):
+        self.mean, self.basis, self.scale = mean, basis, scale   # (P,), (P, C), ()
+        self.patch = tuple(int(p) for p in patch)                # frames, rows, columns
+
+    @classmethod
+    def fit(cls, video: torch.Tensor, channels: int = 48, patch=(2, 4, 4)) -> "PatchPCA":
+        """Fits video (B, T, 3, H, W). ValueError if the patch does not divide T, H, W, or channels exceed P."""
+        if not 1 <= channels <= 3 * prod(patch):
+            raise ValueError(f"channels must be 1 to {3 * prod(patch)}, the values of a patch, not {channels}")
+        x = split_patches(video, patch).flatten(0, 3).double()   # (patches, P)
+        mean = x.mean(0)
+        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))     # ascending
+        values, basis = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
+        # An eigenvector is known up to its sign: its largest entry is made positive.
+        basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+        scale = values.mean().clamp(min=1e-12).sqrt()
+        return cls(mean.float(), basis.float().contiguous(), scale.float(), patch)
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        """(B, T, 3, H, W) -> (B, F, C, h, w). ValueError if the patch does not divide T, H and W."""
+        x = split_patches(video.float(), self.patch)             # (B, F, h, w, P)
+        z = (x - self.mean.to(x.device)) @ self.basis.to(x.device) / self.scale.to(x.device)
+        return z.permute(0, 1, 4, 2, 3).contiguous()             # (B, F, C, h, w)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, F, C, h, w) -> (B, T, 3, H, W), clamped to [-1, 1]."""
+        z = latents.float().permute(0, 1, 3, 4, 2) * self.scale.to(latents.device)
+        x = z @ self.basis.to(z.device).T + self.mean.to(z.device)                  # (B, F, h, w, P)
+        x = x.unflatten(4, (self.patch[0], 3, *self.patch[1:]))                     # (B, F, h, w, 2, 3, 4, 4)
+        x = x.permute(0, 1, 4, 5, 2, 6, 3, 7)                                       # (B, F, 2, 3, h, 4, w, 4)
+        return x.flatten(6, 7).flatten(4, 5).flatten(1, 2).clamp(-1, 1)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"mean": self.mean, "basis": self.basis, "scale": self.scale, "patch": torch.tensor(self.patch)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, torch.Tensor]) -> "PatchPCA":
+        return cls(state["mean"], state["basis"], state["scale"], state["patch"].tolist())
+
+
+def split_patches(video: torch.Tensor, patch) -> torch.Tensor:
+    """(B, T, 3, H, W) -> (B, F, h, w, P), P in the order frame, colour, row, column."""
+    sides = (video.shape[1], *video.shape[3:])
+    if any(side % p for side, p in zip(sides, patch)):
+        raise ValueError(f"frames x height x width {sides} must be divisible by the patch {tuple(patch)}")
+    t, p, q = patch
+    x = video.unflatten(4, (-1, q)).unflatten(3, (-1, p)).unflatten(1, (-1, t))     # (B, F, t, 3, h, p, w, q)
+    return x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4)
+
+
+class Words:
+    """Stand-in for a text encoder: each word is a fixed random vector of mean square 1, a function of its letters."""
+
+    def __init__(self, vocabulary: list[str], dim: int = 64, length: int = 8):
+        self.vocabulary, self.dim, self.length = list(vocabulary), dim, length
+        vectors = {word: np.random.default_rng(zlib.crc32(word.encode())).standard_normal(dim) for word in vocabulary}
+        self.vectors = {word: torch.from_numpy(v / (v**2).mean() ** 0.5).float() for word, v in vectors.items()}
+
+    @classmethod
+    def of(cls, captions: list[str], dim: int = 64) -> "Words":
+        """Knows all words of the captions, and is as long as the longest."""
+        lists = [split_words(caption) for caption in captions]
+        return cls(sorted({word for words in lists for word in words}), dim, max(map(len, lists), default=0))
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        """(B, length, dim) float32 on the CPU, zero after a caption's last word; '' is all zeros. ValueError for an
+        unknown word or a caption longer than `length`."""
+        lists = [split_words(caption) for caption in captions]
+        unknown = sorted({word for words in lists for word in words} - self.vectors.keys())
+        if unknown:
+            raise ValueError("unknown words: " + ", ".join(
+                f"{word!r} (nearest known: {nearest_word(word, self.vocabulary)!r})" for word in unknown))
+        text = torch.zeros(len(captions), self.length, self.dim)
+        for row, words, caption in zip(text, lists, captions):
+            if len(words) > self.length:
+                raise ValueError(f"caption of {len(words)} words, at most {self.length} fit: {caption!r}")
+            for i, word in enumerate(words):
+                row[i] = self.vectors[word]
+        return text
+
+
+def split_words(caption: str) -> list[str]:
+    return re.findall(r"\w+", caption.lower())

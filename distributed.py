@@ -1,0 +1,94 @@
+"""Ranks, sharding, and randomness that is explicit: the same script on one CPU process, gloo processes, or N GPUs."""
+import hashlib
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str = "auto") -> World:
+    """Join the processes that torchrun started, or be a world of one. device: auto (a GPU if there is one), cpu, cuda.
+
+    Raises ValueError when a GPU is asked for and none is there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {device!r}: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch sees no GPU here; leave --device out, or say --device cpu")
+    use_gpu = torch.cuda.is_available() and device != "cpu"
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if use_gpu:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        dist.init_process_group("nccl" if use_gpu else "gloo", **alone)
+    return World(rank, size, torch.device("cuda", local_rank) if use_gpu else torch.device("cpu"))
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(network: torch.nn.Module, world: World, bf16: bool) -> torch.nn.Module:
+    """FSDP2: every block, then the rest, sharded over all ranks; fp32 master weights and reductions.
+
+    With bf16, weights are gathered and multiplied in bf16; inputs are not cast, or times would lose their digits. A
+    single process without bf16 keeps the plain module.
+    """
+    if world.size == 1 and not bf16:
+        return network
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
+    for block in network.blocks:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(network, mp_policy=policy)
+
+
+def sync_gradients(network: torch.nn.Module, on: bool) -> None:
+    """Gradient accumulation: reduce over ranks only after the last micro-batch."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(on)
+
+
+def sum_over_ranks(*values: float, world: World) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64 if world.device.type == "cpu" else torch.float32,
+                         device=world.device)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def generator(*keys) -> torch.Generator:
+    """A CPU generator that is a pure function of its keys, such as (seed, step, slot, "noise").
+
+    What ranks must agree on (the rollout's N and k) is drawn from keys without a rank or slot; what must differ (noise)
+    has the sample's slot in the global batch, so the split over ranks and micro-batches changes nothing.
+    """
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def slots(world: World, micro_batch: int, micro_step: int) -> torch.Tensor:
+    """Which samples of the global batch this rank takes in a micro-step, (micro_batch,): dealt out like cards, so that
+    roles, which are stratified along the batch, are even over ranks."""
+    return (micro_step * micro_batch + torch.arange(micro_batch)) * world.size + world.rank
+
+
+def noise(shape, *keys, slots) -> torch.Tensor:
+    """Standard normal noise (len(slots), *shape), each sample from its own generator (*keys, slot)."""
+    return torch.stack([torch.randn(shape, generator=generator(*keys, int(slot))) for slot in slots])

@@ -1,0 +1,82 @@
+"""Stage `flowmap`: the forward loss that turns a flow-matching network into a flow map (METHOD section 5).
+
+    F      = (u_c - (1 - w) u_0) / w         guidance fusion: u_c is asked to be the guided velocity itself
+    dF/dt  ~ [u(z_t + a v, t + a, r) - u(z_t - b v, t - b, r)] / ((a + b) w)
+    target = v - (t - r) dF/dt               the MeanFlow identity
+    err    = mean (F - target)^2             per sample; at r = t this is flow matching
+
+Pure functions of tensors. `network` is any callable u(z, t, r, text) that returns fp32, whatever it multiplies in; latents
+are (B, F, C, H, W) in fp32, times (B,) float32 in [0, 1] with t >= r.
+"""
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flowmap import conditioned, expand, interpolate
+
+
+@torch.no_grad()
+def finite_difference(u, z_t, t, r, v, epsilon: float):
+    """d/dt of u(z_t, t, r) along the path (dz/dt = v), by a difference over [t - b, t + a], all in fp32.
+
+    a and b are epsilon, cut where the interval would leave [r, 1]: one-sided there. The quotient divides by the gap
+    that the fp32 times really have, not by the intended one.
+    """
+    above, below = (t + epsilon).clamp(max=1), torch.maximum(t - epsilon, r)
+    u_above = u(z_t + expand(above - t, z_t) * v, above, r)
+    u_below = u(z_t - expand(t - below, z_t) * v, below, r)
+    return (u_above - u_below) / expand(above - below, z_t)
+
+
+@torch.no_grad()
+def exact_derivative(u, z_t, t, r, v, epsilon=None):
+    """The same by forward-mode differentiation, to check `finite_difference` on small networks. It needs the plain
+    attention kernel and does not work under FSDP."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(lambda z, t: u(z, t, r), (z_t, t), (v, torch.ones_like(t)))[1]
+
+
+DERIVATIVES = {"finite-difference": finite_difference, "jvp": exact_derivative}
+
+
+def meanflow_error(network, x, n, t, r, text, null_text, guidance: float = 3.0, epsilon: float = 0.005,
+                   derivative: str = "finite-difference", all_ranks_differentiate: bool = False):
+    """err (B,) of the forward loss, with gradient through u_c only.
+
+    text, null_text: prompt and empty-prompt features (B, T, text_dim). A row whose prompt was dropped (text equal to
+    null_text) is trained towards the plain velocity, because u_c and u_0 are then the same output.
+    guidance: w, the classifier-free guidance scale (1 = none, which also saves the u_0 pass).
+    all_ranks_differentiate: make the two calls of the derivative even if no row here needs them. Under FSDP every rank
+    must make the same calls, so this is True when any rank of the micro-batch holds a row with r < t.
+    """
+    z_t, v = interpolate(x, n, t), n - x
+    F = network(z_t, t, r, text)
+    dropped = (text == null_text).flatten(1).all(1)
+    w = torch.where(dropped, 1.0, guidance).to(t)                                    # (B,)
+    if guidance != 1:
+        with torch.no_grad():
+            u_0 = network(z_t, t, r, null_text)
+        F = (F - expand(1 - w, F) * u_0) / expand(w, F)
+
+    # Rows with r = t would multiply the derivative by zero: they are left out of its batch.
+    rows = (r < t).nonzero().squeeze(1)
+    if len(rows) == 0 and all_ranks_differentiate:
+        rows = torch.zeros(1, dtype=torch.long, device=t.device)
+    target = v.clone()
+    if len(rows):
+        dF_dt = DERIVATIVES[derivative](conditioned(network, text[rows]), z_t[rows], t[rows], r[rows], v[rows], epsilon)
+        target[rows] -= expand((t - r)[rows] / w[rows], dF_dt) * dF_dt
+    return (F - target).square().flatten(1).mean(1)
+
+
+def balanced_loss(err, t, r, weight, flow_error, weight_before_balance: bool = False):
+    """Adaptive balance (B,): rows with r < t are scaled by mu / (err + 1e-5), so that the regression at r = t sets the
+    scale and a large gap cannot blow up; then the time weight w(t) applies to all rows.
+
+    err (B,), weight (B,) = w(t), flow_error: mu, the mean err of the r = t rows of the GLOBAL batch (a float or a
+    tensor without gradient). weight_before_balance: the order of the released recipe, in which the weight multiplies err
+    first and so cancels for every row with r < t.
+    """
+    if weight_before_balance:
+        err, weight = err * weight, torch.ones_like(weight)
+    scale = torch.where(r < t, flow_error / (err.detach() + 1e-5), torch.ones_like(err))
+    return scale * err * weight

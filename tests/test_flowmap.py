@@ -1,0 +1,110 @@
+"""Times, transitions and samplers against closed forms."""
+import pytest
+import torch
+
+import flowmap
+from closed_form import Gaussian
+from distributed import generator
+
+GAUSSIAN = Gaussian(mean=1.5, std=0.3)
+
+
+def noise(*shape):
+    return torch.randn(shape, generator=generator("noise"), dtype=torch.float64)
+
+
+def test_velocity_is_the_derivative_of_the_path():
+    x, n = noise(4, 3), noise(4, 3).flip(0)
+    t = torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
+    _, tangent = torch.func.jvp(lambda t: flowmap.interpolate(x, n, t), (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(tangent, n - x)
+
+
+def test_exact_maps_compose():
+    z, t, s, r = noise(16, 5), *(torch.full((16,), time, dtype=torch.float64) for time in (0.9, 0.5, 0.2))
+    jump = flowmap.flow_map(GAUSSIAN.u, z, t, r)
+    two = flowmap.flow_map(GAUSSIAN.u, flowmap.flow_map(GAUSSIAN.u, z, t, s), s, r)
+    torch.testing.assert_close(jump, two)
+    torch.testing.assert_close(flowmap.flow_map(GAUSSIAN.u, z, t, t), z)
+
+
+@pytest.mark.parametrize("grid", [flowmap.time_grid(1, 5.0), flowmap.time_grid(2, 5.0), flowmap.time_grid(7, 1.0),
+                                  [1.0, 0.93, 0.2, 0.1, 0.0]])
+def test_euler_with_the_exact_average_velocity_is_exact_on_any_grid(grid):
+    z = noise(64, 2)
+    one, zero = torch.ones(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+    u = lambda z, t, r: GAUSSIAN.u(z, t.double(), r.double())
+    grid_error = 1e-6                                       # the sampler hands out times in float32
+    torch.testing.assert_close(flowmap.euler_sample(u, z, grid), GAUSSIAN.map(z, one, zero), atol=grid_error, rtol=0)
+
+
+def test_euler_with_the_instantaneous_velocity_converges_at_first_order():
+    z = noise(64, 2)
+    exact = GAUSSIAN.map(z, torch.ones(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64))
+    v = lambda z, t, r: GAUSSIAN.velocity(z, t.double())
+    errors = [(flowmap.euler_sample(v, z, flowmap.time_grid(n, 1.0)) - exact).abs().max().item() for n in (64, 128, 256)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1) and errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+
+
+def test_consistency_sampler_keeps_the_data_distribution_of_an_exact_map():
+    z = flowmap.consistency_sample(GAUSSIAN.u, noise(20000, 2).float(), flowmap.time_grid(5, 5.0), generator("renoise"))
+    assert z.mean().item() == pytest.approx(GAUSSIAN.mean, abs=0.01)
+    assert z.std().item() == pytest.approx(GAUSSIAN.std, rel=0.02)
+
+
+def test_grid_and_shift():
+    assert flowmap.time_grid(1, 5.0) == [1.0, 0.0]
+    assert flowmap.time_grid(4, 1.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert flowmap.time_grid(2, 5.0)[1] == pytest.approx(5 * 0.5 / 3)
+    for grid in ([1.0, 0.5], [0.9, 0.0], [1.0, 0.5, 0.5, 0.0], [1.0], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="fall strictly from 1 to 0"):
+            flowmap.euler_sample(None, torch.zeros(1), grid)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        flowmap.time_grid(0, 5.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 64])
+def test_roles_have_their_exact_share_at_every_global_batch(count):
+    totals, draws = torch.zeros(3), 4000
+    for i in range(draws):
+        t, r = flowmap.flow_map_times(generator("roles", i), count, 5.0)
+        flow, consistency = r == t, (r == 0) & (r < t)
+        assert bool(((0 <= r) & (r <= t) & (t <= 1)).all())
+        assert flow.any() or count == 1
+        assert bool((flow[:-1] >= flow[1:]).all())                     # the r = t samples come first
+        totals += torch.stack([flow, consistency, ~flow & ~consistency]).sum(1)
+    shares = totals / (draws * count)
+    # Three standard errors of a share, were the roles drawn one by one; stratified ones stray less.
+    bound = 3 * (0.25 / (draws * count)) ** 0.5
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.25, 0.25]), atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("name", flowmap.TIME_WEIGHTS)
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_time_weights_have_mean_one_under_the_training_times(name, shift):
+    t, _ = flowmap.flow_map_times(generator("weights"), 400_000, shift)
+    weight = flowmap.time_weight(t.double(), name, shift)
+    assert weight.mean().item() == pytest.approx(1, abs=4 * weight.std().item() / 400_000**0.5 + 1e-9)
+    single = flowmap.time_weight(t[:1].double(), name, shift)          # not normalised inside the batch
+    torch.testing.assert_close(single, weight[:1])
+
+
+def test_unknown_time_weight_is_named():
+    with pytest.raises(ValueError, match="'gamma'.*beta, uniform, normal"):
+        flowmap.time_weight(torch.ones(1), "gamma", 5.0)
+
+
+def test_logit_normal_time_has_its_median_at_the_shifted_half():
+    t = flowmap.logit_normal_time(generator("logit"), 100_000, 5.0)
+    assert t.median().item() == pytest.approx(5 / 6, abs=0.005) and 0 < t.min() and t.max() < 1
+
+
+def test_guidance_scale_one_is_the_conditional_output_and_needs_one_pass():
+    calls = []
+    def network(z, t, r, text):
+        calls.append(len(z))
+        return z * text[:, 0, :1]
+    z, t, text, null = noise(3, 2), torch.ones(3), torch.full((3, 1, 1), 5.0), torch.ones(3, 1, 1)
+    torch.testing.assert_close(flowmap.guided(network, text, null, 1.0)(z, t, t), 5 * z)
+    torch.testing.assert_close(flowmap.guided(network, text, null, 4.0)(z, t, t), 5 * z + 3 * (5 * z - z))
+    assert calls == [3, 6]

@@ -1,0 +1,230 @@
+"""The three losses and the rollouts against closed forms, autograd and each other."""
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import backward_sim
+import dmd
+import flowmap
+import meanflow
+from closed_form import Gaussian, on_path
+from distributed import generator
+from model import PRESETS, FlowMapDiT
+
+DATA = Gaussian(mean=0.7, std=0.4)
+TEXT = torch.ones(32, 1, 1)
+
+
+def points(count=32, width=6):
+    g = generator("points")
+    z = torch.randn(count, width, generator=g, dtype=torch.float64)
+    t = 0.1 + 0.8 * torch.rand(count, generator=g, dtype=torch.float64)
+    return z, t, t * 0.7 * torch.rand(count, generator=g, dtype=torch.float64)
+
+
+def small_network():
+    g = generator("network")
+    net = FlowMapDiT(PRESETS["tiny"]).init_weights(g)
+    with torch.no_grad():                                # fresh weights have a zero head: give it something to say
+        net.head.weight.normal_(std=0.3, generator=g)
+    return net
+
+
+# --- meanflow.py
+
+def test_exact_average_velocity_is_a_fixed_point_and_the_error_shrinks_as_epsilon_squared():
+    z_t, t, r = points()
+    x, n = on_path(DATA, z_t, t)
+    errors = [meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, guidance=1.0, epsilon=e).sqrt().max().item()
+              for e in (0.04, 0.02, 0.01)]
+    assert errors[-1] < 1e-3
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+
+
+def test_exact_derivative_makes_the_fixed_point_exact():
+    z_t, t, r = points()
+    x, n = on_path(DATA, z_t, t)
+    err = meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, guidance=1.0, derivative="jvp")
+    assert err.max() < 1e-20
+
+
+@pytest.mark.parametrize("t, r", [(1.0, 0.2), (0.003, 0.0), (0.5, 0.499), (0.997, 0.0)])
+def test_difference_stays_inside_the_interval_and_divides_by_the_true_gap(t, r):
+    seen = []
+    def u(z, t, r):                                      # d/dt along dz/dt = v is 3 + v
+        seen.append(t)
+        return 3 * t[:, None] + z
+    t, r, z, v = torch.tensor([t]), torch.tensor([r]), torch.zeros(1, 4), torch.full((1, 4), 2.0)
+    derivative = meanflow.finite_difference(u, z, t, r, v, epsilon=0.005)
+    torch.testing.assert_close(derivative, torch.full((1, 4), 5.0), rtol=1e-3, atol=0)
+    assert all(bool((r <= time) & (time <= 1)) for time in seen) and seen[0] > seen[1]
+
+
+def test_guidance_fusion_and_target_are_the_papers_formula():
+    z, t, r = points(8)
+    x, n = z, z.flip(0)
+    w, e, v = 3.0, 0.005, n - x
+    text, null = torch.full((8, 1, 1), 2.0), torch.zeros(8, 1, 1)
+    network = lambda z, t, r, text: z * t[:, None] ** 2 * (1 + r[:, None]) * (1 + text[:, 0])
+    z_t = flowmap.interpolate(x, n, t)
+    F = (network(z_t, t, r, text) - (1 - w) * network(z_t, t, r, null)) / w
+    dF_dt = (network(z_t + e * v, t + e, r, text) - network(z_t - e * v, t - e, r, text)) / (2 * e * w)
+    expected = (F - (v - (t - r)[:, None] * dF_dt)).square().mean(1)
+    torch.testing.assert_close(meanflow.meanflow_error(network, x, n, t, r, text, null, w, e), expected)
+
+
+def test_a_dropped_prompt_is_trained_towards_the_plain_velocity():
+    z_t, t, r = points()
+    x, n = on_path(DATA, z_t, t)
+    guided = meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, guidance=3.0)
+    torch.testing.assert_close(guided, meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, guidance=1.0))
+
+
+def test_derivative_is_never_computed_for_flow_matching_rows():
+    sizes = []
+    def network(z, t, r, text):
+        sizes.append(len(z))
+        return z
+    z, t, r = points(8)
+    r[:5] = t[:5]
+    meanflow.meanflow_error(network, z, z, t, r, torch.ones(8, 1, 1), torch.zeros(8, 1, 1))
+    assert sizes == [8, 8, 3, 3]                         # u_c, u_0, and the two points of the rows with r < t
+    sizes.clear()
+    meanflow.meanflow_error(network, z, z, t, t, torch.ones(8, 1, 1), torch.zeros(8, 1, 1), guidance=1.0)
+    assert sizes == [8]
+    # Under FSDP another rank may differentiate: the calls are made, and change nothing.
+    err = meanflow.meanflow_error(DATA.u, z, z, t, t, TEXT[:8], TEXT[:8], guidance=1.0)
+    same = meanflow.meanflow_error(DATA.u, z, z, t, t, TEXT[:8], TEXT[:8], guidance=1.0, all_ranks_differentiate=True)
+    torch.testing.assert_close(err, same, rtol=0, atol=0)
+
+
+def test_finite_difference_agrees_with_jvp_on_the_network():
+    """Relative error below 1e-3 in fp32, and e = 0.005 lies in the flat region: 0.0025 and 0.01 agree with it too."""
+    net, g = small_network(), generator("jvp")
+    z, v = torch.randn(2, 16, 2, 48, 2, 2, generator=g)
+    t = 0.1 + 0.8 * torch.rand(16, generator=g)
+    r, text = t * torch.rand(16, generator=g), torch.randn(16, 3, 64, generator=g)
+    u = flowmap.conditioned(net, text)
+    exact = meanflow.exact_derivative(u, z, t, r, v)
+    for epsilon in (0.0025, 0.005):
+        approximate = meanflow.finite_difference(u, z, t, r, v, epsilon)
+        assert (approximate - exact).norm() / exact.norm() < 1e-3
+
+
+def test_balance_and_weight():
+    err = torch.tensor([1.0, 3.0, 5.0, 400.0], requires_grad=True)
+    t, r = torch.tensor([0.5, 0.6, 0.7, 0.8]), torch.tensor([0.5, 0.6, 0.0, 0.1])
+    weight = torch.tensor([1.0, 2.0, 0.5, 0.25])
+    loss = meanflow.balanced_loss(err, t, r, weight, flow_error=2.0)
+    torch.testing.assert_close(loss, torch.tensor([1.0, 6.0, 1.0, 0.5]), rtol=1e-4, atol=0)
+    gradient, = torch.autograd.grad(loss.sum(), err)
+    torch.testing.assert_close(gradient, torch.tensor([1.0, 2.0, 2 / 5 * 0.5, 2 / 400 * 0.25]), rtol=1e-4, atol=0)
+    released = meanflow.balanced_loss(err, t, r, weight, flow_error=2.0, weight_before_balance=True)
+    torch.testing.assert_close(released, torch.tensor([1.0, 6.0, 2.0, 2.0]), rtol=1e-3, atol=0)
+
+
+# --- backward_sim.py
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_flow_map_simulation_equals_the_rollout_for_an_exact_map(steps):
+    z, _, _ = points()
+    grid = flowmap.time_grid(steps, 5.0)
+    u = lambda z, t, r: DATA.u(z, t.double(), r.double())
+    rollout = flowmap.euler_sample(u, z, grid)
+    for k in range(steps):
+        torch.testing.assert_close(backward_sim.flow_map_simulation(u, z, grid, k), rollout, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps, k, intervals", [
+    (1, 0, [(1.0, 0.0)]), (4, 0, [(1.0, 0.75), (0.75, 0.0)]), (4, 3, [(1.0, 0.25), (0.25, 0.0)]),
+    (4, 1, [(1.0, 0.75), (0.75, 0.5), (0.5, 0.0)]), (50, 20, [(1.0, 0.6), (0.6, 0.58), (0.58, 0.0)])])
+def test_flow_map_simulation_makes_at_most_three_calls_all_with_gradient(steps, k, intervals):
+    seen, outputs = [], []
+    def u(z, t, r):
+        seen.append((t[0].item(), r[0].item()))
+        outputs.append((z * 0.5).detach().requires_grad_())
+        return outputs[-1]
+    z_0 = backward_sim.flow_map_simulation(u, torch.ones(2, 3), flowmap.time_grid(steps, 1.0), k)
+    assert seen == [pytest.approx(pair, abs=1e-6) for pair in intervals]
+    gradients = torch.autograd.grad(z_0.sum(), outputs)
+    assert all(gradient.abs().min() > 0 for gradient in gradients)
+
+
+def test_steps_outside_the_rollout_are_refused():
+    with pytest.raises(ValueError, match="step 4 of a rollout of 4"):
+        backward_sim.flow_map_simulation(None, torch.ones(1), flowmap.time_grid(4, 1.0), 4)
+
+
+def test_consistency_simulation_makes_n_calls_and_only_the_last_has_gradient():
+    parameter, seen = torch.ones((), requires_grad=True), []
+    def u(z, t, r):
+        seen.append((t[0].item(), r[0].item(), torch.is_grad_enabled()))
+        return parameter * z
+    grid = flowmap.time_grid(4, 1.0)
+    backward_sim.consistency_simulation(u, torch.ones(2, 3), grid, generator("sim")).sum().backward()
+    assert seen == [(1.0, 0.0, False), (0.75, 0.0, False), (0.5, 0.0, False), (0.25, 0.0, True)]
+    assert parameter.grad.abs() > 0
+    samples = backward_sim.consistency_simulation(lambda z, t, r: DATA.u(z, t, r), torch.randn(
+        20000, 2, generator=generator("z")), grid, generator("sim"))
+    assert samples.mean().item() == pytest.approx(DATA.mean, abs=0.015)
+    assert samples.std().item() == pytest.approx(DATA.std, rel=0.03)
+
+
+# --- dmd.py
+
+def test_dmd_gradient_between_two_gaussians():
+    real, fake = Gaussian(mean=1.0, std=0.5), Gaussian(mean=-0.5, std=0.8)
+    z_0, tau, _ = points()
+    n = z_0.flip(0)
+    gradient = dmd.dmd_gradient(z_0, n, tau, real.u, fake.u)
+    z_tau = flowmap.interpolate(z_0, n, tau)
+    x_real, x_fake = real.posterior_mean(z_tau, tau), fake.posterior_mean(z_tau, tau)
+    expected = (x_fake - x_real) / (z_0 - x_real).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(gradient, expected)
+    # It points from the real to the fake distribution's score: minus it, up to the positive normaliser, moves towards
+    # the real mean.
+    assert gradient.mean() < 0
+    assert dmd.dmd_gradient(z_0, n, tau, real.u, real.u).abs().max() == 0
+
+
+def test_dmd_loss_has_the_stated_derivative():
+    z_0, gradient = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 2, 3).double()
+    loss = dmd.dmd_loss(z_0, gradient)
+    torch.testing.assert_close(loss, gradient.square().mean((1, 2)))
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), z_0)[0], 2 * gradient / 6)
+
+
+def test_fake_score_leaves_the_student_alone_and_is_flow_matching():
+    z_0 = torch.randn(4, 3, requires_grad=True)
+    parameter = torch.zeros((), requires_grad=True)
+    n, tau = torch.randn(4, 3), torch.rand(4)
+    err = dmd.fake_score_error(lambda z, t, r: parameter * z, z_0, n, tau)
+    torch.testing.assert_close(err, (n - z_0).square().mean(1))
+    err.sum().backward()
+    assert z_0.grad is None and parameter.grad is not None
+
+
+def test_dmd_descent_moves_a_gaussian_onto_the_target():
+    """A student that shifts and scales noise, with exact scores of target and student, ends at the target."""
+    real = Gaussian(mean=1.0, std=0.5)
+    mean, log_std = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([mean, log_std], lr=0.05)
+    for step in range(300):
+        g = generator("descent", step)
+        z_0 = mean + log_std.exp() * torch.randn(256, 4, generator=g)
+        fake = Gaussian(mean.item(), log_std.exp().item())
+        tau = flowmap.shift_time(torch.rand(256, generator=g), 5.0)
+        gradient = dmd.dmd_gradient(z_0, torch.randn(256, 4, generator=g), tau, real.u, fake.u)
+        optimizer.zero_grad()
+        dmd.dmd_loss(z_0, gradient).mean().backward()
+        optimizer.step()
+    assert mean.item() == pytest.approx(1.0, abs=0.05) and log_std.exp().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_math_attention_is_the_same_network():
+    """jvp needs the plain attention kernel; it must be the function that is trained."""
+    net, g = small_network(), generator("kernel")
+    z, t, text = torch.randn(4, 2, 48, 2, 2, generator=g), torch.rand(4, generator=g), torch.randn(4, 3, 64, generator=g)
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = net(z, t, t / 2, text)
+    torch.testing.assert_close(net(z, t, t / 2, text), plain, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,69 @@
+"""Both stages that need no student samples, on a problem small enough to solve: a mixture of Gaussians in the plane."""
+import torch
+from torch import nn
+
+import flowmap
+import meanflow
+from distributed import generator
+
+SHIFT = 1.0
+CENTRES = torch.tensor([[1.5, 0.0], [-0.75, 1.3], [-0.75, -1.3]])
+
+
+class Net(nn.Module):
+    """u(z, t, r) with sinusoidal times."""
+
+    def __init__(self, width=192):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2 + 24, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                    nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+
+    def forward(self, z, t, r, text):
+        angles = torch.stack([t, r], 1)[:, :, None] * torch.tensor([0.5, 1.0, 2.0, 3.0, 4.0, 6.0])
+        return self.layers(torch.cat([z, angles.sin().flatten(1), angles.cos().flatten(1)], 1))
+
+
+def fit(net, steps, loss_of, lr=2e-3, batch=512):
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        g = generator("mixture", step)
+        x = CENTRES[torch.randint(3, (batch,), generator=g)] + 0.2 * torch.randn(batch, 2, generator=g)
+        optimizer.zero_grad()
+        loss_of(x, torch.randn(batch, 2, generator=g), g).mean().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_trained_flow_map_jumps_in_one_step_where_its_teacher_cannot():
+    torch.manual_seed(0)
+    net, no_text = Net(), torch.zeros(512, 1, 1)
+
+    def pretrain(x, n, g):
+        return flowmap.flow_matching_error(flowmap.conditioned(net, None), x, n, torch.rand(len(x), generator=g))
+
+    def forward_flow_map(x, n, g):
+        t, r = flowmap.flow_map_times(g, len(x), SHIFT)
+        err = meanflow.meanflow_error(net, x, n, t, r, no_text, no_text, guidance=1.0)
+        mu = err.detach()[r == t].mean()
+        return meanflow.balanced_loss(err, t, r, flowmap.time_weight(t, "beta", SHIFT), mu)
+
+    def errors(reference=None):
+        """Root mean square distance to the fine solution, by step count, and that solution."""
+        z = torch.randn(4096, 2, generator=generator("test"))
+        with torch.no_grad():
+            u = flowmap.conditioned(net, None)
+            v = lambda z, t, r: u(z, t, t)                            # the teacher's instantaneous velocity
+            if reference is None:
+                reference, u = flowmap.euler_sample(v, z, flowmap.time_grid(1000, SHIFT)), v
+            return {n: (flowmap.euler_sample(u, z, flowmap.time_grid(n, SHIFT)) - reference).square().mean().sqrt().item()
+                    for n in (1, 4, 32)}, reference
+
+    fit(net, 2000, pretrain)
+    teacher, solution = errors()
+    fit(net, 4000, forward_flow_map)
+    student, _ = errors(solution)
+    print(f"\nteacher {teacher}\nstudent {student}")
+    assert student[1] < teacher[1] / 4
+    assert student[4] < teacher[4]
+    assert student[32] < 1.5 * teacher[32]

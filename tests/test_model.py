@@ -1,0 +1,157 @@
+"""The network: sizes, the two times, invariances, and parity with Diffusers' implementation."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+import model
+from distributed import generator
+from flowmap import conditioned, flow_map
+from model import PRESETS, FlowMapDiT, ModelConfig
+
+SMALL = ModelConfig(dim=48, heads=4, layers=2, ffn_dim=80, channels=6, patch=2, text_dim=20, freq_dim=32)
+
+
+def network(config=SMALL, seed=0):
+    """Random weights everywhere, so that no term is hidden by a zero."""
+    net, g = FlowMapDiT(config), generator("model", seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.1 if p.ndim > 1 else 0.3))
+    return net.requires_grad_(False)
+
+
+def inputs(config=SMALL, batch=2, frames=3, seed=0):
+    g = generator("inputs", seed)
+    z = torch.randn(batch, frames, config.channels, 4 * config.patch, 3 * config.patch, generator=g)
+    t = torch.rand(batch, generator=g)
+    return z, t, t * torch.rand(batch, generator=g), torch.randn(batch, 5, config.text_dim, generator=g)
+
+
+@pytest.mark.parametrize("preset, second_time, count", [
+    ("wan-1.3b", False, 1_418_996_800), ("wan-1.3b", True, 1_421_752_384),
+    ("wan-14b", False, 14_288_491_584), ("wan-14b", True, 14_316_026_944)])
+def test_parameter_counts_are_wans(preset, second_time, count):
+    with torch.device("meta"):
+        net = FlowMapDiT(replace(PRESETS[preset], second_time=second_time))
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+@pytest.mark.parametrize("config", [SMALL, PRESETS["tiny"]])
+def test_a_teacher_turned_into_a_flow_map_is_unchanged_at_r_equal_t(config):
+    teacher = network(replace(config, second_time=False))
+    student = FlowMapDiT(config)
+    student.load_state_dict(model.as_flow_map(teacher.state_dict()))
+    z, t, r, text = inputs(config)
+    expected = teacher(z, t, t, text)
+    torch.testing.assert_close(student(z, t, t, text), expected, rtol=1e-5, atol=1e-5 * expected.std().item())
+    assert (student(z, t, r, text) - expected).abs().max() > 1e-3       # and it does look at r
+    torch.testing.assert_close(teacher(z, t, r, text), expected, rtol=0, atol=0)
+
+
+def test_one_time_a_clip_is_the_same_time_for_every_frame():
+    net, (z, t, r, text) = network(), inputs()
+    frames = lambda time: time[:, None].expand(-1, z.shape[1])
+    torch.testing.assert_close(net(z, frames(t), frames(r), text), net(z, t, r, text), rtol=1e-4, atol=1e-5)
+
+
+def test_samples_of_a_batch_do_not_mix():
+    net, (z, t, r, text) = network(), inputs()
+    alone = net(z[1:], t[1:], r[1:], text[1:])
+    torch.testing.assert_close(net(z, t, r, text)[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_every_input_matters():
+    net, (z, t, r, text) = network(), inputs()
+    base = net(z, t, r, text)
+    for changed in ((z.flip(1), t, r, text), (z, t * 0.9, r, text), (z, t, r * 0.5, text), (z, t, r, -text)):
+        assert (net(*changed) - base).abs().max() > 1e-3
+    order = torch.tensor([4, 1, 0, 3, 2])                               # prompt tokens are a set to cross-attention
+    torch.testing.assert_close(net(z, t, r, text[:, order]), base, rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_attention_depends_on_distances_only():
+    """Scores between rotated vectors do not change when all frames move by the same number."""
+    g = generator("rotary")
+    q, k = torch.randn(2, 1, 2, 24, 16, generator=g)
+    def scores(first):
+        rope = model.rotary_angles(torch.arange(first, first + 2), 3, 4, 16).flatten(0, 1)
+        return model.rotate(q, rope) @ model.rotate(k, rope).mT
+    torch.testing.assert_close(scores(0), scores(37), rtol=1e-4, atol=1e-4)
+    assert (scores(0) - q @ k.mT).abs().max() > 0.1
+
+
+def test_patch_embedding_is_the_strided_convolution():
+    embed, (z, *_) = network().patch_embed, inputs()
+    conv = torch.nn.functional.conv3d(z.transpose(1, 2), embed.weight, embed.bias, stride=(1, 2, 2))
+    torch.testing.assert_close(embed(z), conv.flatten(3).permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_output_skip_is_the_exact_flow_map_of_unit_gaussian_data():
+    config = replace(SMALL, output_skip=True)
+    net = FlowMapDiT(config).init_weights(generator("init"))            # zero head: the skip alone
+    z, t, r, text = inputs(config)
+    scale = lambda t: (t**2 + (1 - t) ** 2).sqrt()[:, None, None, None, None]
+    torch.testing.assert_close(flow_map(conditioned(net, text), z, t, r), z * scale(r) / scale(t), rtol=1e-4, atol=1e-5)
+
+
+def test_gate_is_a_convex_mix():
+    """With E' = E the mixed embedding is E's at equal times for every gate: its norm cannot leave what E produces."""
+    z, t, _, text = inputs()
+    state = model.as_flow_map(network(replace(SMALL, second_time=False)).state_dict())
+    outputs = []
+    for gate in (0.0, 0.25, 1.0):
+        net = FlowMapDiT(replace(SMALL, gate=gate))
+        net.load_state_dict(state)
+        outputs.append(net(z, t, t, text))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_latents_are_named():
+    net, (z, t, r, text) = network(), inputs()
+    with pytest.raises(ValueError, match="5 channels.*expected 6 channels"):
+        net(z[:, :, :5], t, r, text)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        net(z[..., :5], t, r, text)
+    with pytest.raises(ValueError, match="head width"):
+        FlowMapDiT(replace(SMALL, heads=5))
+
+
+def diffusers_names(state: dict) -> dict:
+    """Our tensors under the names of the public Diffusers layout."""
+    rename = (("patch_embed.", "patch_embedding."), ("time_embed.up", "condition_embedder.time_embedder.linear_1"),
+              ("time_embed.down", "condition_embedder.time_embedder.linear_2"),
+              ("r_embed.up", "condition_embedder.delta_embedder.linear_1"),
+              ("r_embed.down", "condition_embedder.delta_embedder.linear_2"),
+              ("time_proj", "condition_embedder.time_proj"), ("text_embed.up", "condition_embedder.text_embedder.linear_1"),
+              ("text_embed.down", "condition_embedder.text_embedder.linear_2"), ("self_attn", "attn1"),
+              ("cross_attn", "attn2"), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".out.", ".to_out.0."),
+              ("norm_cross", "norm2"), ("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"),
+              ("head_modulation", "scale_shift_table"), ("modulation", "scale_shift_table"), ("head.", "proj_out."))
+    out = {}
+    for name, value in state.items():
+        for ours, theirs in rename:
+            name = name.replace(ours, theirs)
+        out[name] = value
+    return out
+
+
+@pytest.mark.parametrize("second_time", [True, False])
+def test_parity_with_diffusers(second_time):
+    """Same weights, same input, another implementation: within 1e-4 of the output's standard deviation."""
+    diffusers = pytest.importorskip("diffusers", minversion="0.42")
+    config = replace(SMALL, second_time=second_time)
+    kind = diffusers.AnyFlowTransformer3DModel if second_time else diffusers.WanTransformer3DModel
+    theirs = kind(patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=12, in_channels=6, out_channels=6,
+                  text_dim=20, freq_dim=32, ffn_dim=80, num_layers=2, cross_attn_norm=True)
+    ours = network(config)
+    theirs.load_state_dict(diffusers_names(ours.state_dict()))
+    z, t, r, text = inputs(config)
+    with torch.no_grad():
+        if second_time:
+            frames = lambda time: 1000 * time[:, None].expand(-1, z.shape[1])
+            expected = theirs(z, frames(t), frames(r), text).sample
+        else:
+            expected = theirs(z.transpose(1, 2), 1000 * t, text).sample.transpose(1, 2)
+    assert (ours(z, t, r, text) - expected).abs().max() < 1e-4 * expected.std()

@@ -1,0 +1,433 @@
+"""Train the three stages, one after the other, with one loop:
+
+    python train.py --stage pretrain      a flow-matching teacher
+    python train.py --stage flowmap       the teacher becomes a flow map: any t to any r < t
+    python train.py --stage distill       the flow map learns on its own samples (DMD)
+    torchrun --nproc_per_node=8 train.py --stage distill
+
+Read from top to bottom: config, recipes, losses, then the loop. Everything random is a pure function of (seed, step,
+sample), so a killed run resumes bit for bit and a global batch is the same however it is split.
+"""
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import backward_sim
+import checkpoint
+import cli
+import data
+import distributed
+import dmd
+import flowmap
+import meanflow
+from cli import flag
+from model import PRESETS, FlowMapDiT, as_flow_map
+
+STAGES = ("pretrain", "flowmap", "distill")
+
+
+@dataclass
+class Config:
+    stage: str = flag("pretrain", "which stage to train", choices=STAGES)
+    preset: str = flag("toy", "size of the network and its recipe", choices=("tiny", "toy"))
+    data: str = flag("shapes", "toy set 'shapes' or 'digits', or a folder of mp4/gif clips with captions")
+    run: str = flag("", "folder of the run; stages are folders in it (default runs/PRESET-DATA)")
+    frames: int = flag(8, "frames of a clip")
+    size: int = flag(16, "height and width of a clip in pixels")
+    seed: int = flag(0, "seed of weights, data order, noise and times")
+    device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    bf16: bool = flag(False, "multiply in bf16 with fp32 master weights; for GPUs (CPUs are slower with it)")
+    fresh: bool = flag(False, "delete what this stage has saved and start anew, instead of resuming")
+
+    steps: int = flag(1000, "updates of the network")
+    batch_size: int = flag(64, "samples of an update, over all processes and accumulation steps")
+    micro_batch: int = flag(0, "samples a process takes at once; 0: no gradient accumulation")
+    lr: float = flag(1e-3, "peak learning rate of AdamW")
+    lr_end: float = flag(1.0, "last learning rate as a fraction of the peak, reached by a cosine; 1 keeps it constant")
+    warmup: int = flag(50, "updates over which the learning rate rises")
+    beta1: float = flag(0.9, "AdamW's first-moment decay; 0 for distill, whose gradient changes as the student moves")
+    beta2: float = flag(0.95, "AdamW's second-moment decay; short, so that it follows the losses' changing scale")
+    weight_decay: float = flag(0.0, "none, as in the released recipe")
+    clip: float = flag(1.0, "gradients are scaled down to this norm")
+    ema_decay: float = flag(0.99, "decay of the weights' moving average, which is what is sampled and shipped")
+    ema_start: int = flag(100, "update at which the average starts, by copying the weights")
+    text_drop: float = flag(0.1, "fraction of prompts replaced by the empty one, which guidance needs")
+
+    shift: float = flag(3.0, "timestep shift s: more of the training and of the sampling grid goes to high noise")
+    guidance: float = flag(2.0, "guidance scale fused into the flow map; 1 is none, and u_0 + w (u_c - u_0) in general")
+    epsilon: float = flag(0.005, "half width of the finite difference, in [0, 1] time; must lie where d u / d t is flat")
+    derivative: str = flag("finite-difference", "how dF/dt is taken", choices=tuple(meanflow.DERIVATIVES))
+    time_weight: str = flag("beta", "density w(t) of the forward loss", choices=tuple(flowmap.TIME_WEIGHTS))
+    weight_before_balance: bool = flag(False, "the released order, in which w(t) cancels for r < t")
+    flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
+    consistency_fraction: float = flag(0.25, "fraction with r = 0; 1 - flow fraction makes a consistency model")
+
+    rollout: str = flag("flow-map", "backward simulation of distill", choices=("flow-map", "consistency"))
+    budgets: str = flag("2,4,8,16,50", "step counts N that a rollout may have; one is drawn an iteration")
+    real_guidance: float = flag(2.0, "guidance scale of the teacher in DMD: 1 + 3 in the paper's 'cond + 3 (cond - uncond)'")
+    cotrain: float = flag(1.0, "factor of the forward flow-map loss in distill; it keeps the any-step map alive")
+    fake_lr: float = flag(1e-3, "peak learning rate of the fake score")
+    fake_rollout: str = flag("shared", "the fake score trains on the student's rollout of the same iteration, or on a "
+                             "fresh one of the updated student", choices=("shared", "fresh"))
+
+    save_every: int = flag(200, "updates between checkpoints")
+    log_every: int = flag(10, "updates between rows of log.jsonl")
+    max_skips: int = flag(5, "the run stops after this many updates in a row with a non-finite gradient")
+
+
+# What differs from the defaults above, by preset and stage. Reasons stand in LOG.md where they were measured.
+RECIPES = {
+    "toy": {
+        "pretrain": dict(steps=1500, lr=3e-3, lr_end=0.05, ema_start=200),
+        "flowmap": dict(steps=700, lr=1e-3, lr_end=0.1),
+        "distill": dict(steps=200, lr=2e-4, fake_lr=5e-4, beta1=0.0, beta2=0.999, warmup=10, ema_decay=0.97, ema_start=50),
+    },
+    "tiny": {  # seconds a stage: for tests and smoke runs
+        "pretrain": dict(steps=20, batch_size=8, warmup=5, ema_start=5, save_every=10),
+        "flowmap": dict(steps=12, batch_size=8, warmup=5, ema_start=5, save_every=6),
+        "distill": dict(steps=6, batch_size=8, beta1=0.0, beta2=0.999, warmup=2, ema_start=2, save_every=3),
+    },
+}
+# A later stage takes these over from the stage before it, unless a flag says otherwise.
+INHERITED = ("preset", "data", "frames", "size", "shift")
+# These may change when a run is resumed.
+CHANGEABLE = ("steps", "micro_batch", "device", "fresh", "save_every", "log_every", "max_skips")
+
+
+def default_text(field) -> str:
+    recipes = [f"{stage} {RECIPES['toy'][stage].get(field.name, field.default)}" for stage in STAGES
+               if any(field.name in recipe for recipe in RECIPES["toy"].values())]
+    return "default " + (", ".join(recipes) if recipes else str(field.default) or "see above")
+
+
+def parse_config(argv=None) -> Config:
+    parser = cli.Parser("Train a stage of an any-step video model.", "python train.py --stage flowmap --steps 500")
+    parser.add_config(Config, default_text)
+    given = vars(parser.parse(argv))
+    stage = given.get("stage", Config.stage)
+    before = previous_stage(stage)
+    run = Path(given.get("run") or f"runs/{given.get('preset', Config.preset)}-"
+                                   f"{Path(given.get('data', Config.data)).name}")
+    inherited = {}
+    if before and (run / before / "config.json").exists():
+        record = json.loads((run / before / "config.json").read_text())["config"]
+        inherited = {name: record[name] for name in INHERITED}
+    values = inherited | given | {"run": str(run)}
+    c = Config(**RECIPES[values.get("preset", Config.preset)][stage] | values)
+    for name in ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips"):
+        if getattr(c, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    for name in ("lr", "shift", "guidance", "real_guidance", "epsilon", "clip", "fake_lr"):
+        if not getattr(c, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
+    for name in ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction", "consistency_fraction"):
+        if not 0 <= getattr(c, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must lie in [0, 1]")
+    if c.flow_fraction + c.consistency_fraction > 1:
+        parser.error("--flow-fraction and --consistency-fraction: together at most 1")
+    try:
+        cli.positive_ints(c.budgets)
+    except cli.argparse.ArgumentTypeError as error:
+        parser.error(f"--budgets {error}")
+    return c
+
+
+def previous_stage(stage: str) -> str | None:
+    return dict(zip(STAGES[1:], STAGES)).get(stage)
+
+
+def learning_rate(c: Config, step: int, peak: float) -> float:
+    """Linear warm-up, then a cosine from the peak to lr_end * peak at the last step."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / c.steps))
+    return peak * min(1, (step + 1) / max(1, c.warmup)) * (c.lr_end + (1 - c.lr_end) * cosine)
+
+
+@dataclass
+class Batch:
+    """A micro-batch: latents x and noise n (B, F, C, H, W), prompts and empty prompts (B, T, text_dim)."""
+    x: torch.Tensor
+    n: torch.Tensor
+    text: torch.Tensor
+    null_text: torch.Tensor
+    slots: torch.Tensor              # (B,) places in the global batch
+
+
+class Sums:
+    """Sums and counts of what is logged, over micro-batches and ranks; .means() empties it."""
+
+    def __init__(self, names):
+        self.values = {name: [0.0, 0] for name in names}
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        self.values[name][0] += values.detach().double().sum().item()
+        self.values[name][1] += values.numel()
+
+    def means(self, world) -> dict[str, float]:
+        flat = distributed.sum_over_ranks(*(x for pair in self.values.values() for x in pair), world=world)
+        out = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(self.values) if flat[2 * i + 1]}
+        self.values = {name: [0.0, 0] for name in self.values}
+        return out
+
+
+def train(c: Config) -> Path:
+    """Train (or go on with) one stage; returns its folder. Raises SystemExit with what to do when it cannot."""
+    world = distributed.start(c.device)
+    run, stage = Path(c.run), Path(c.run) / c.stage
+    before = previous_stage(c.stage)
+    say = tqdm.write if world.is_main else (lambda text: None)
+
+    # --- the run folder: start, resume, or find the stage finished
+    if before and not (run / before / "model.safetensors").exists():
+        raise SystemExit(f"stage {c.stage} starts from stage {before}, which is not finished in {run}. First run:\n"
+                         f"    python train.py --stage {before} --run {run}")
+    per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
+    if c.batch_size % per_step:
+        raise SystemExit(f"--batch-size {c.batch_size} is not a multiple of {per_step}: {world.size} processes times "
+                         f"{per_step // world.size} samples (--micro-batch)")
+    micro_batch, micro_steps = per_step // world.size, c.batch_size // per_step
+    if c.fresh and world.is_main:
+        shutil.rmtree(stage, ignore_errors=True)
+    barrier(world)
+    if (stage / "config.json").exists():
+        saved = json.loads((stage / "config.json").read_text())["config"]
+        for field in dataclasses.fields(Config):
+            if field.name not in CHANGEABLE and saved[field.name] != getattr(c, field.name):
+                raise SystemExit(f"{stage} was started with {field.name} = {saved[field.name]}, not "
+                                 f"{getattr(c, field.name)}: use --fresh to start it anew, or another --run")
+
+    # --- data: clips -> latents (the codec, fitted once a run) and captions -> features
+    try:
+        dataset = data.open_data(c.data, c.frames, c.size)
+        if world.is_main and not (stage / "codec.safetensors").exists():
+            stage.mkdir(parents=True, exist_ok=True)
+            codec = (data.PatchPCA.from_state(load_file(run / before / "codec.safetensors")) if before else
+                     data.PatchPCA.fit(dataset.clips(range(1024), seed=c.seed)[0], PRESETS[c.preset].channels))
+            save_file(codec.state(), stage / "codec.safetensors.partial")
+            (stage / "codec.safetensors.partial").rename(stage / "codec.safetensors")
+    except ValueError as error:
+        raise SystemExit(f"--data {c.data}: {error}") from None
+    barrier(world)
+    codec = data.PatchPCA.from_state(load_file(stage / "codec.safetensors"))
+    words = data.Words.of(dataset.captions, PRESETS[c.preset].text_dim)
+    latent_shape = tuple(codec.encode(dataset.clips([0], seed=c.seed)[0]).shape[1:])
+
+    def draw(step: int, slots: torch.Tensor) -> Batch:
+        """The samples of an update that sit at `slots`; each depends on (seed, step, slot) only."""
+        video, captions = dataset.clips((step * c.batch_size + slots).tolist(), seed=c.seed)
+        n = distributed.noise(latent_shape, c.seed, step, "noise", slots=slots)
+        tensors = codec.encode(video), n, words(captions), words([""] * len(slots))
+        return Batch(*(tensor.to(world.device) for tensor in tensors), slots)
+
+    def drop_text(step: int, batch: Batch) -> torch.Tensor:
+        """The prompts (B, T, text_dim), a fraction text_drop of them replaced by the empty one; a new tensor."""
+        coin = torch.rand(c.batch_size, generator=distributed.generator(c.seed, step, "drop"))[batch.slots]
+        return torch.where((coin < c.text_drop).to(world.device)[:, None, None], batch.null_text, batch.text)
+
+    # --- networks: each stage starts from the one before
+    plain = dataclasses.replace(PRESETS[c.preset], second_time=False)
+    config = plain if c.stage == "pretrain" else PRESETS[c.preset]
+
+    def network(config, state, source) -> torch.nn.Module:
+        net = distributed.shard(FlowMapDiT(config).to(world.device), world, c.bf16)
+        checkpoint.load_weights(net, state, source)
+        return net
+
+    teacher = None
+    if c.stage == "pretrain":
+        source, state = "fresh weights", FlowMapDiT(plain).init_weights(distributed.generator(c.seed, "init")).state_dict()
+    else:
+        source, state = run / before, checkpoint.load_model(run / before)[1]
+    if c.stage == "flowmap":
+        state = as_flow_map(state)
+    student_net = network(config, state, source)
+    parts = {"student": checkpoint.trainable(student_net, c.lr, (c.beta1, c.beta2), c.weight_decay, with_ema=True)}
+    if c.stage == "distill":
+        _, state = checkpoint.load_model(run / "pretrain")
+        teacher = network(plain, state, run / "pretrain").requires_grad_(False)
+        fake_net = network(plain, state, run / "pretrain")
+        parts["fake"] = checkpoint.trainable(fake_net, c.fake_lr, (c.beta1, c.beta2), c.weight_decay, with_ema=False)
+    student = parts["student"]
+
+    # --- resume
+    try:
+        counters = checkpoint.load_checkpoint(stage, parts)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    first, skipped = counters.get("step", 0), counters.get("skipped", 0)
+    if first >= c.steps and (stage / "model.safetensors").exists():
+        say(f"stage {c.stage} is finished in {stage} ({first} updates); --fresh trains it anew")
+        return stage
+    if world.is_main:
+        record = {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
+                  "vocabulary": words.vocabulary, "text_length": words.length, "latent_shape": latent_shape}
+        checkpoint.write_text(stage / "config.json", json.dumps(record, indent=1))
+        log_path = stage / "log.jsonl"
+        rows = log_path.read_text().splitlines() if log_path.exists() else []
+        log_path.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= first))
+        if first:
+            say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}")
+
+    # --- the losses of a micro-batch; each calls backward itself and adds to the sums that are logged
+    log = Sums({"pretrain": ("loss",), "flowmap": ("loss", "err_flow", "err_free", "err_consistency"),
+                "distill": ("loss", "err_flow", "err_free", "err_consistency", "dmd", "dmd_gradient", "fake")}[c.stage])
+    # FSDP averages gradients over ranks; the losses are sums over the micro-batch divided by the global batch.
+    per_sample = world.size / c.batch_size
+
+    def backward(loss: torch.Tensor, net, last: bool) -> None:
+        distributed.sync_gradients(net, last)
+        (loss.sum() * per_sample).backward()
+
+    def pretrain_loss(step: int, batch: Batch, last: bool) -> None:
+        t = flowmap.logit_normal_time(distributed.generator(c.seed, step, "time"), c.batch_size, c.shift)
+        u = flowmap.conditioned(student_net, drop_text(step, batch))
+        err = flowmap.flow_matching_error(u, batch.x, batch.n, t[batch.slots].to(world.device))
+        log.add("loss", err)
+        backward(err, student_net, last)
+
+    def flow_map_loss(step: int, batch: Batch, last: bool, flow_errors: list, factor: float = 1.0) -> None:
+        """flow_errors: running [sum, count] of the r = t errors of this update. The r = t samples come first in the
+        global batch, so it is complete by the time that the first r < t sample needs it."""
+        generator = distributed.generator(c.seed, step, "time")
+        t_all, r_all = flowmap.flow_map_times(generator, c.batch_size, c.shift, c.flow_fraction, c.consistency_fraction)
+        micro = slice(int(batch.slots[0]) - world.rank, int(batch.slots[0]) - world.rank + per_step)
+        t, r = t_all[batch.slots].to(world.device), r_all[batch.slots].to(world.device)
+        err = meanflow.meanflow_error(student_net, batch.x, batch.n, t, r, drop_text(step, batch), batch.null_text,
+                                      c.guidance, c.epsilon, c.derivative,
+                                      all_ranks_differentiate=bool((r_all[micro] < t_all[micro]).any()))
+        flow, detached = r == t, err.detach()
+        sums = distributed.sum_over_ranks(detached[flow].sum().item(), int(flow.sum()), detached.sum().item(), world=world)
+        flow_errors[0] += sums[0]
+        flow_errors[1] += sums[1]
+        # Without an r = t sample (a global batch of 1 may have none) the micro-batch's own mean sets the scale.
+        mu = flow_errors[0] / flow_errors[1] if flow_errors[1] else sums[2] / per_step
+        weight = flowmap.time_weight(t, c.time_weight, c.shift)
+        loss = meanflow.balanced_loss(err, t, r, weight, mu, c.weight_before_balance)
+        for name, rows in (("err_flow", flow), ("err_free", ~flow & (r > 0)), ("err_consistency", ~flow & (r == 0))):
+            log.add(name, detached[rows])
+        log.add("loss", loss)
+        backward(factor * loss, student_net, last)
+
+    def rollout(step: int, batch: Batch) -> torch.Tensor:
+        """Samples z_0 of the student; N and k are the same on every rank, the noise is not."""
+        generator = distributed.generator(c.seed, step, "rollout")
+        budgets = cli.positive_ints(c.budgets)
+        steps = budgets[int(torch.randint(len(budgets), (1,), generator=generator))]
+        k = int(torch.randint(steps, (1,), generator=generator))
+        grid = flowmap.time_grid(steps, c.shift)
+        z_1 = distributed.noise(latent_shape, c.seed, step, "rollout", slots=batch.slots).to(world.device)
+        u = flowmap.conditioned(student_net, batch.text)
+        if c.rollout == "flow-map":
+            return backward_sim.flow_map_simulation(u, z_1, grid, k)
+        renoise = distributed.generator(c.seed, step, "renoise", int(batch.slots[0]))
+        return backward_sim.consistency_simulation(u, z_1, grid, renoise)
+
+    def dmd_student_loss(step: int, batch: Batch, last: bool) -> torch.Tensor:
+        z_0 = rollout(step, batch)
+        tau = torch.rand(c.batch_size, generator=distributed.generator(c.seed, step, "tau"))[batch.slots]
+        n = distributed.noise(latent_shape, c.seed, step, "dmd", slots=batch.slots).to(world.device)
+        gradient = dmd.dmd_gradient(z_0, n, flowmap.shift_time(tau, c.shift).to(world.device),
+                                    real=flowmap.guided(teacher, batch.text, batch.null_text, c.real_guidance),
+                                    fake=flowmap.conditioned(fake_net, batch.text))
+        loss = dmd.dmd_loss(z_0, gradient)
+        log.add("dmd", loss)
+        log.add("dmd_gradient", gradient.flatten(1).norm(dim=1))
+        backward(loss, student_net, last)
+        return z_0.detach()
+
+    def fake_loss(step: int, batch: Batch, z_0: torch.Tensor, last: bool) -> None:
+        if c.fake_rollout == "fresh":
+            with torch.no_grad():
+                z_0 = rollout(-1 - step, batch)                   # another key: fresh noise, N and k
+        tau = flowmap.logit_normal_time(distributed.generator(c.seed, step, "fake"), c.batch_size, c.shift)
+        n = distributed.noise(latent_shape, c.seed, step, "fake", slots=batch.slots).to(world.device)
+        err = dmd.fake_score_error(flowmap.conditioned(fake_net, batch.text), z_0, n, tau[batch.slots].to(world.device))
+        log.add("fake", err)
+        backward(err, fake_net, last)
+
+    def update(part: checkpoint.Trainable, step: int, peak: float) -> float:
+        """Clip and step; returns the gradient norm. A non-finite gradient changes nothing."""
+        norm = torch.nn.utils.clip_grad_norm_(part.network.parameters(), c.clip)
+        norm = checkpoint.whole(norm).item()
+        if math.isfinite(norm):
+            part.optimizer.param_groups[0]["lr"] = learning_rate(c, step, peak)
+            part.optimizer.step()
+        part.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    # --- the loop
+    bar = tqdm(total=c.steps, initial=first, desc=f"{c.stage:8}", disable=not world.is_main, mininterval=1.0,
+               dynamic_ncols=True)
+    skips_in_a_row, started = 0, time.time()
+    for step in range(first, c.steps):
+        flow_errors, rollouts, norms = [0.0, 0.0], [], {}
+        for micro_step in range(micro_steps):
+            last = micro_step == micro_steps - 1
+            batch = draw(step, distributed.slots(world, micro_batch, micro_step))
+            if c.stage == "pretrain":
+                pretrain_loss(step, batch, last)
+            elif c.stage == "flowmap":
+                flow_map_loss(step, batch, last, flow_errors)
+            else:
+                rollouts.append((batch, dmd_student_loss(step, batch, last and not c.cotrain)))
+                if c.cotrain:
+                    flow_map_loss(step, batch, last, flow_errors, c.cotrain)
+        norms["grad_norm"] = update(student, step, c.lr)
+        if math.isfinite(norms["grad_norm"]):
+            student.update_ema(c.ema_decay if step >= c.ema_start else 0.0)
+        if c.stage == "distill":
+            for micro_step, (batch, z_0) in enumerate(rollouts):
+                fake_loss(step, batch, z_0, last=micro_step == micro_steps - 1)
+            norms["fake_grad_norm"] = update(parts["fake"], step, c.fake_lr)
+
+        bad = not all(map(math.isfinite, norms.values()))
+        skipped, skips_in_a_row = skipped + bad, skips_in_a_row + 1 if bad else 0
+        if skips_in_a_row >= c.max_skips:
+            raise SystemExit(f"stopped at update {step}: {skips_in_a_row} non-finite gradients in a row ({norms}). The "
+                             f"last checkpoint is kept in {stage}; try a lower --lr, then run the same command again")
+        if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
+            row = {"step": step + 1, **log.means(world), **norms, "lr": learning_rate(c, step, c.lr), "skipped": skipped,
+                   "seconds": round(time.time() - started, 2)}
+            if world.is_main:
+                with open(log_path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "dmd", "fake") if name in row}, refresh=False)
+        bar.update()
+        if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
+            checkpoint.save_checkpoint(stage, step + 1, parts, {"skipped": skipped}, world.is_main)
+    bar.close()
+    checkpoint.save_model(stage, student.ema, config, world.is_main)
+    barrier(world)
+    say(f"stage {c.stage}: finished, {stage / 'model.safetensors'}")
+    return stage
+
+
+def barrier(world: distributed.World) -> None:
+    """Wait until every rank is here (rank 0 has written what the others read)."""
+    distributed.sum_over_ranks(0.0, world=world)
+
+
+def git_revision() -> str:
+    """The commit that ran, with '+' when files differ from it; 'unknown' outside a git checkout."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty=+"], capture_output=True, text=True,
+                              check=True, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    try:
+        train(parse_config())
+    except ValueError as error:
+        raise SystemExit(f"train.py: {error}") from None
+    finally:
+        distributed.stop()

@@ -6,11 +6,11 @@ BIN = .venv/bin
 .PHONY: demo test
 
 demo: .venv/ready
-	$(BIN)/python train.py --stage pretrain --run $(RUN)
-	$(BIN)/python train.py --stage flowmap --run $(RUN)
-	$(BIN)/python train.py --stage distill --run $(RUN)
-	$(BIN)/python sample.py --run $(RUN) --prompts assets/prompts.txt --steps 4 --out $(RUN)/clips/clip.mp4 --sheet $(RUN)/clips/sheet.png
-	$(BIN)/python eval.py --run $(RUN)
+	$(BIN)/python train.py --stage pretrain --run-dir $(RUN)
+	$(BIN)/python train.py --stage flowmap --run-dir $(RUN)
+	$(BIN)/python train.py --stage distill --run-dir $(RUN)
+	$(BIN)/python sample.py --run-dir $(RUN) --prompts assets/prompts.txt --steps 4 --out $(RUN)/clips/clip.mp4 --sheet $(RUN)/clips/sheet.png
+	$(BIN)/python eval.py --run-dir $(RUN)
 	@echo "clips: $(RUN)/clips    figure: $(RUN)/eval/curve.png    table: $(RUN)/eval/table.md"
 
 test: .venv/ready

@@ -133,7 +133,7 @@ def load_checkpoint(stage: Path, parts: dict[str, Trainable]) -> dict:
             targets |= part.tensors(prefix)
         if set(file.keys()) != set(targets):
             raise ValueError(f"{found[-1]}: the training state of another network; start anew with --fresh, or use "
-                             f"another --run")
+                             f"another --run-dir")
         for name, tensor in targets.items():
             fill(tensor, file.get_tensor(name))
     return json.loads((found[-1] / "state.json").read_text())

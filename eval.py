@@ -38,7 +38,7 @@ class Frechet:
     def __init__(self, real: torch.Tensor, components: int = 64):
         pixels = real.flatten(1).double()                                           # (B, pixels)
         self.mean = pixels.mean(0)
-        _, _, basis = torch.linalg.svd(pixels - self.mean, full_matrices=False)
+        _, _, basis = torch.linalg.svd(pixels[:1024] - self.mean, full_matrices=False)     # more would take a minute
         self.basis = basis[:components].T                                           # (pixels, components)
 
     def statistics(self, clips: torch.Tensor):
@@ -104,7 +104,7 @@ def parse_models(run: Path, text: str | None, parser) -> list[tuple[str, Path, s
         text = ",".join(name for name in ("pretrain", "flowmap", "distill") if (run / name / "model.safetensors").exists())
         text += ",flowmap:consistency" if "flowmap" in text else ""
         if not text:
-            parser.error(f"no finished stage in {run}. First run: python train.py --stage pretrain --run {run}")
+            parser.error(f"no finished stage in {run}. First run: python train.py --stage pretrain --run-dir {run}")
     models = []
     for word in text.split(","):
         name, _, sampler = word.partition(":")
@@ -120,7 +120,7 @@ def parse_models(run: Path, text: str | None, parser) -> list[tuple[str, Path, s
 def main(argv=None) -> None:
     parser = cli.Parser("Measure models at several step counts; write a table, a figure and contact sheets.",
                         "python eval.py --models distill,flowmap:consistency --steps 1,2,4")
-    parser.add_argument("--run", type=Path, default=Path("runs/toy-shapes"), help="the run (default runs/toy-shapes)")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/toy-shapes"), help="the run (default runs/toy-shapes)")
     parser.add_argument("--models", metavar="M,M,...", help="stages of the run or folders of stages, each with an optional "
                         "':consistency' sampler (default: all finished stages, and flowmap:consistency)")
     parser.add_argument("--steps", type=cli.positive_ints, default=[1, 2, 4, 8, 16, 32], metavar="N,N,...",
@@ -130,11 +130,11 @@ def main(argv=None) -> None:
                         "flow map)")
     parser.add_argument("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
                         help="auto, cpu or cuda (default auto)")
-    parser.add_argument("--out", type=Path, help="folder for the results (default RUN/eval)")
+    parser.add_argument("--out", type=Path, help="folder for the results (default RUN_DIR/eval)")
     args = parser.parse(argv)
     if args.count < 2:
         parser.error(f"--count {args.count}: must be at least 2")
-    models, out, started = parse_models(args.run, args.models, parser), args.out or args.run / "eval", time.time()
+    models, out, started = parse_models(args.run_dir, args.models, parser), args.out or args.run_dir / "eval", time.time()
     out.mkdir(parents=True, exist_ok=True)
     try:
         world = distributed.start(args.device)

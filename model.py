@@ -43,8 +43,7 @@ PRESETS = {
 
 def time_features(t: torch.Tensor, width: int, scale: float) -> torch.Tensor:
     """Sinusoidal features of times t (...,) -> (..., width): the cosines first, then the sines, in fp32."""
-    frequencies = torch.exp(-torch.arange(width // 2, device=t.device, dtype=torch.float32)
-                            * (torch.log(torch.tensor(10000.0)) / (width // 2)).item())
+    frequencies = 10000.0 ** (-torch.arange(width // 2, device=t.device, dtype=torch.float32) / (width // 2))
     angles = scale * t.float()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -75,7 +75,7 @@ def newest_stage(run: Path) -> Path:
     for name in ("distill", "flowmap", "pretrain"):
         if (run / name / "model.safetensors").exists():
             return run / name
-    raise SystemExit(f"no finished stage in {run}. First run:\n    python train.py --stage pretrain --run {run}")
+    raise SystemExit(f"no finished stage in {run}. First run:\n    python train.py --stage pretrain --run-dir {run}")
 
 
 def main(argv=None) -> None:
@@ -83,7 +83,7 @@ def main(argv=None) -> None:
                         'python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4')
     parser.add_argument("--prompt", action="append", default=[], help="what to show; may be given several times")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
-    parser.add_argument("--run", type=Path, default=Path("runs/toy-shapes"), help="the run (default runs/toy-shapes)")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/toy-shapes"), help="the run (default runs/toy-shapes)")
     parser.add_argument("--stage", type=cli.choice(("pretrain", "flowmap", "distill")), metavar="NAME",
                         help="pretrain, flowmap or distill (default: the furthest that is finished)")
     parser.add_argument("--steps", type=int, default=4, help="network calls, any number from 1 up (default 4)")
@@ -116,7 +116,7 @@ def main(argv=None) -> None:
         if path and path.suffix not in ((".mp4", ".gif", ".png") if name == "out" else (".png",)):
             parser.error(f"--{name} {path}: the name must end in {'.mp4, .gif or .png' if name == 'out' else '.png'}")
 
-    stage = args.run / args.stage if args.stage else newest_stage(args.run)
+    stage = args.run_dir / args.stage if args.stage else newest_stage(args.run_dir)
     world = distributed.start(args.device)
     try:
         pipeline = checkpoint.load_pipeline(stage, world.device)

@@ -40,7 +40,7 @@ class Config:
     stage: str = flag("pretrain", "which stage to train", choices=STAGES)
     preset: str = flag("toy", "size of the network and its recipe", choices=("tiny", "toy"))
     data: str = flag("shapes", "toy set 'shapes' or 'digits', or a folder of mp4/gif clips with captions")
-    run: str = flag("", "folder of the run; stages are folders in it (default runs/PRESET-DATA)")
+    run_dir: str = flag("", "folder of the run; stages are folders in it (default runs/PRESET-DATA)")
     frames: int = flag(8, "frames of a clip")
     size: int = flag(16, "height and width of a clip in pixels")
     seed: int = flag(0, "seed of weights, data order, noise and times")
@@ -115,13 +115,13 @@ def parse_config(argv=None) -> Config:
     given = vars(parser.parse(argv))
     stage = given.get("stage", Config.stage)
     before = previous_stage(stage)
-    run = Path(given.get("run") or f"runs/{given.get('preset', Config.preset)}-"
+    run = Path(given.get("run_dir") or f"runs/{given.get('preset', Config.preset)}-"
                                    f"{Path(given.get('data', Config.data)).name}")
     inherited = {}
     if before and (run / before / "config.json").exists():
         record = json.loads((run / before / "config.json").read_text())["config"]
         inherited = {name: record[name] for name in INHERITED}
-    values = inherited | given | {"run": str(run)}
+    values = inherited | given | {"run_dir": str(run)}
     c = Config(**RECIPES[values.get("preset", Config.preset)][stage] | values)
     for name in ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips"):
         if getattr(c, name) < 1:
@@ -181,14 +181,14 @@ class Sums:
 def train(c: Config) -> Path:
     """Train (or go on with) one stage; returns its folder. Raises SystemExit with what to do when it cannot."""
     world = distributed.start(c.device)
-    run, stage = Path(c.run), Path(c.run) / c.stage
+    run, stage = Path(c.run_dir), Path(c.run_dir) / c.stage
     before = previous_stage(c.stage)
     say = tqdm.write if world.is_main else (lambda text: None)
 
     # --- the run folder: start, resume, or find the stage finished
     if before and not (run / before / "model.safetensors").exists():
         raise SystemExit(f"stage {c.stage} starts from stage {before}, which is not finished in {run}. First run:\n"
-                         f"    python train.py --stage {before} --run {run}")
+                         f"    python train.py --stage {before} --run-dir {run}")
     per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
     if c.batch_size % per_step:
         raise SystemExit(f"--batch-size {c.batch_size} is not a multiple of {per_step}: {world.size} processes times "
@@ -202,7 +202,7 @@ def train(c: Config) -> Path:
         for field in dataclasses.fields(Config):
             if field.name not in CHANGEABLE and saved[field.name] != getattr(c, field.name):
                 raise SystemExit(f"{stage} was started with {field.name} = {saved[field.name]}, not "
-                                 f"{getattr(c, field.name)}: use --fresh to start it anew, or another --run")
+                                 f"{getattr(c, field.name)}: use --fresh to start it anew, or another --run-dir")
 
     # --- data: clips -> latents (the codec, fitted once a run) and captions -> features
     try:
@@ -393,7 +393,8 @@ def train(c: Config) -> Path:
         if skips_in_a_row >= c.max_skips:
             raise SystemExit(f"stopped at update {step}: {skips_in_a_row} non-finite gradients in a row ({norms}). The "
                              f"last checkpoint is kept in {stage}; try a lower --lr, then run the same command again")
-        if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
+        save = (step + 1) % c.save_every == 0 or step + 1 == c.steps
+        if (step + 1) % c.log_every == 0 or save:         # with a checkpoint too: its resume starts with empty sums
             row = {"step": step + 1, **log.means(world), **norms, "lr": learning_rate(c, step, c.lr), "skipped": skipped,
                    "seconds": round(time.time() - started, 2)}
             if world.is_main:
@@ -401,7 +402,7 @@ def train(c: Config) -> Path:
                     file.write(json.dumps(row) + "\n")
                 bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "dmd", "fake") if name in row}, refresh=False)
         bar.update()
-        if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
+        if save:
             checkpoint.save_checkpoint(stage, step + 1, parts, {"skipped": skipped}, world.is_main)
     bar.close()
     checkpoint.save_model(stage, student.ema, config, world.is_main)

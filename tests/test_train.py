@@ -1,0 +1,272 @@
+"""The loop: same seed same bits, resume, splitting a batch, two processes, errors that say what to do."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import cli
+import distributed
+import sample
+import train
+import eval as evaluation
+
+ROOT = Path(__file__).parent.parent
+STAGES = train.STAGES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_stage(run, stage, *flags):
+    return train.train(train.parse_config(["--preset", "tiny", "--stage", stage, "--run-dir", str(run), *flags]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """All three stages of the tiny preset, trained without interruption."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    for stage in STAGES:
+        run_stage(run, stage)
+    return run
+
+
+def same_files(a: Path, b: Path):
+    a, b = load_file(a), load_file(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def link_stages(source: Path, target: Path, before: str):
+    target.mkdir()
+    for stage in STAGES[:STAGES.index(before)]:
+        (target / stage).symlink_to(source / stage)
+
+
+def log_rows(stage: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_same_seed_same_bits_and_another_seed_other_bits(finished, tmp_path, stage):
+    link_stages(finished, tmp_path / "again", stage)
+    run_stage(tmp_path / "again", stage)
+    newest = checkpoint.checkpoints(finished / stage)[-1].name
+    same_files(finished / stage / "checkpoints" / newest / "state.safetensors",
+               tmp_path / "again" / stage / "checkpoints" / newest / "state.safetensors")
+    assert log_rows(finished / stage) == log_rows(tmp_path / "again" / stage)
+    link_stages(finished, tmp_path / "other", stage)
+    other = load_file(run_stage(tmp_path / "other", stage, "--seed", "1") / "model.safetensors")
+    mine = load_file(finished / stage / "model.safetensors")
+    assert not torch.equal(other["time_proj.weight"], mine["time_proj.weight"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, stage, monkeypatch):
+    """Killed between two checkpoints: the updates since the last one are lost and made again, to the bit."""
+    link_stages(finished, tmp_path / "run", stage)
+    every = train.RECIPES["tiny"][stage]["save_every"]
+    update, count = train.checkpoint.Trainable.update_ema, [0]
+
+    class Killed(Exception):
+        pass
+
+    def kill(self, decay):
+        count[0] += 1
+        if count[0] == every + 2:
+            raise Killed
+        update(self, decay)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint.Trainable, "update_ema", kill)
+        with pytest.raises(Killed):
+            run_stage(tmp_path / "run", stage)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run" / stage)] == [f"{every:08d}"]
+    assert not (tmp_path / "run" / stage / "model.safetensors").exists()
+    run_stage(tmp_path / "run", stage)
+    newest = checkpoint.checkpoints(finished / stage)[-1].name
+    for file in ("model.safetensors", f"checkpoints/{newest}/state.safetensors"):
+        same_files(finished / stage / file, tmp_path / "run" / stage / file)
+    assert log_rows(finished / stage) == log_rows(tmp_path / "run" / stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_reproduces_the_whole_batch(finished, tmp_path, stage):
+    link_stages(finished, tmp_path / "run", stage)
+    run_stage(tmp_path / "run", stage, "--micro-batch", "2", "--log-every", "1", "--steps", "4")
+    link_stages(finished, tmp_path / "whole", stage)
+    run_stage(tmp_path / "whole", stage, "--log-every", "1", "--steps", "4")
+    split, whole = log_rows(tmp_path / "run" / stage), log_rows(tmp_path / "whole" / stage)
+    for a, b in zip(split, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def test_two_processes_equal_one(finished, tmp_path):
+    """FSDP2 over gloo: the same losses for the same global batch, in every stage, and weights that any run can read."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for stage in STAGES:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+                   "--preset", "tiny", "--stage", stage, "--run-dir", str(tmp_path / "run"), "--log-every", "1"]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        # The same start, one process.
+        link = tmp_path / f"one-{stage}"
+        link_stages(tmp_path / "run", link, stage)
+        run_stage(link, stage, "--log-every", "1")
+        for a, b in zip(log_rows(tmp_path / "run" / stage), log_rows(link / stage), strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    clips = sample.generate(checkpoint.load_pipeline(tmp_path / "run" / "distill"), ["a red circle moving left"], [0],
+                            [1.0, 0.0])
+    assert clips.shape == (1, 8, 3, 16, 16)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_small_global_batches_train(finished, tmp_path, batch):
+    for stage in ("flowmap", "distill"):
+        link_stages(finished, tmp_path / stage, stage)
+        folder = run_stage(tmp_path / stage, stage, "--batch-size", str(batch), "--log-every", "1")
+        rows = log_rows(folder)
+        assert rows[-1]["skipped"] == 0 and all(value == value for row in rows for value in row.values())
+
+
+def test_non_finite_updates_change_nothing_and_end_the_run(finished, tmp_path, monkeypatch):
+    link_stages(finished, tmp_path / "run", "flowmap")
+    original = train.meanflow.meanflow_error
+    calls = [0]
+
+    def poisoned(*args, **kwargs):
+        calls[0] += 1
+        return original(*args, **kwargs) * (float("nan") if calls[0] >= 9 else 1.0)
+    monkeypatch.setattr(train.meanflow, "meanflow_error", poisoned)
+    with pytest.raises(SystemExit, match="3 non-finite gradients in a row.*last checkpoint is kept"):
+        run_stage(tmp_path / "run", "flowmap", "--max-skips", "3")
+    state = load_file(checkpoint.checkpoints(tmp_path / "run" / "flowmap")[-1] / "state.safetensors")
+    assert all(bool(value.isfinite().all()) for value in state.values())
+    calls[0] = -100                                               # now healthy again: the same command goes on
+    run_stage(tmp_path / "run", "flowmap", "--max-skips", "3")
+
+
+def test_run_folder_says_how_it_was_made(finished):
+    record = json.loads((finished / "flowmap" / "config.json").read_text())
+    assert record["config"]["steps"] == train.RECIPES["tiny"]["flowmap"]["steps"] and record["git"]
+    assert {"step", "loss", "err_flow", "err_free", "err_consistency", "grad_norm"} <= log_rows(finished / "flowmap")[0].keys()
+    assert {"dmd", "dmd_gradient", "fake", "fake_grad_norm"} <= log_rows(finished / "distill")[0].keys()
+
+
+def test_a_finished_stage_is_reused_and_other_settings_are_refused(finished):
+    before = (finished / "flowmap" / "model.safetensors").stat().st_mtime_ns
+    run_stage(finished, "flowmap")
+    assert (finished / "flowmap" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="was started with lr = 0.001, not 0.5.*--fresh"):
+        run_stage(finished, "flowmap", "--lr", "0.5")
+
+
+def test_later_stages_inherit_the_data(tmp_path):
+    run = tmp_path / "digits"
+    run_stage(run, "pretrain", "--data", "digits", "--steps", "2")
+    config = train.parse_config(["--stage", "flowmap", "--run-dir", str(run)])
+    assert config.data == "digits" and config.preset == "tiny"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--stage", "flowmap"], "starts from stage pretrain.*First run:.*--stage pretrain"),
+    (["--stage", "distill"], "starts from stage flowmap.*First run:.*--stage flowmap"),
+    (["--batch-size", "5", "--micro-batch", "2"], "not a multiple of 2"),
+    (["--data", "shape"], "choose shapes, digits"),
+    (["--frames", "7"], "divisible by the patch"),
+])
+def test_what_cannot_work_says_what_to_do(tmp_path, flags, message):
+    config = train.parse_config(["--preset", "tiny", "--run-dir", str(tmp_path / "run"), *flags])
+    with pytest.raises(SystemExit) as error:
+        train.train(config)
+    assert __import__("re").search(message, str(error.value), flags=16)
+    assert not (tmp_path / "run" / "pretrain" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--stpes", "5"], "did you mean --steps"), (["--stage", "distil"], "did you mean distill"),
+    (["--steps", "0"], "at least 1"), (["--steps", "many"], "invalid int"), (["--lr", "-1"], "above 0"),
+    (["--ema-decay", "2"], r"lie in \[0, 1\]"), (["--budgets", "2,x"], "whole numbers"), (["extra"], "unexpected argument"),
+    (["--preset", "wan"], "valid: tiny, toy"), (["--flow-fraction", "0.9"], "together at most 1")])
+def test_wrong_flags_name_the_nearest_right_one(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.parse_config(flags)
+    assert error.value.code == 2
+    assert __import__("re").search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "eval.py"])
+def test_help_documents_every_flag(script):
+    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "example: python " + script in result.stdout
+    flags = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("  --")]
+    assert len(flags) >= 6 and "default" in result.stdout
+
+
+# --- sample.py and eval.py on the finished run
+
+def test_a_seed_decides_its_clip_whatever_else_is_in_the_batch(finished):
+    pipeline, grid = checkpoint.load_pipeline(finished / "distill"), [1.0, 0.6, 0.0]
+    prompts = ["a red circle moving left", "a blue square moving up"]
+    both = sample.generate(pipeline, prompts, [3, 4], grid)
+    torch.testing.assert_close(sample.generate(pipeline, prompts[1:], [4], grid), both[1:], rtol=1e-4, atol=1e-5)
+    assert (sample.generate(pipeline, prompts[1:], [5], grid) - both[1:]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.png"])
+def test_clips_are_written(finished, tmp_path, name, capsys):
+    import imageio.v3 as iio
+    sample.main(["--run-dir", str(finished), "--prompt", "a red circle moving left", "--prompt", "a green square moving up",
+                 "--out", str(tmp_path / "deep" / name), "--sheet", str(tmp_path / "sheet.png"), "--steps", "3"])
+    for i in range(2):
+        picture = iio.imread(tmp_path / "deep" / name.replace("clip", f"clip-{i:03d}"))
+        assert picture.shape == ((74, 578, 3) if name.endswith("png") else (8, 128, 128, 3)) or name.endswith("png")
+    assert iio.imread(tmp_path / "sheet.png").ndim == 3
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "no prompt"), (["--prompt", "a red circel moving left"], "'circel'.*'circle'"),
+    (["--prompt", "a red circle", "--steps", "0"], "at least 1"), (["--prompt", "a", "--grid", "1,0.5"], "fall strictly"),
+    (["--prompt", "a", "--out", "clip.avi"], "must end in"), (["--prompt", "a", "--sampler", "eular"], "did you mean euler"),
+    (["--prompts", "missing.txt"], "no such file")])
+def test_wrong_requests_are_refused(finished, flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        sample.main(["--run-dir", str(finished), *flags])
+    assert error.value.code == 2
+    assert __import__("re").search(message, capsys.readouterr().err)
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    g = distributed.generator("frechet")
+    a, b = torch.randn(2, 5, 50, 50, generator=g, dtype=torch.float64)
+    frechet = evaluation.Frechet(torch.randn(200, 6, generator=g), components=6)
+    diagonal = [(torch.zeros(3).double(), torch.diag(torch.tensor([1.0, 4.0, 9.0]).double())),
+                (torch.tensor([1.0, 2.0, 0.0]).double(), torch.diag(torch.tensor([4.0, 4.0, 1.0]).double()))]
+    assert frechet.distance(*diagonal) == pytest.approx(5 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2)
+    assert frechet.distance(diagonal[0], diagonal[0]) == pytest.approx(0, abs=1e-9)
+    clips = torch.randn(300, 6, generator=g)
+    shifted = clips.clone()
+    shifted[:, 0] += 2                                            # the features keep lengths: all components are kept
+    assert frechet.distance(frechet.statistics(clips), frechet.statistics(shifted)) == pytest.approx(4, rel=1e-4)
+
+
+def test_eval_writes_table_figure_and_sheets(finished, tmp_path, capsys):
+    evaluation.main(["--run-dir", str(finished), "--steps", "1,2", "--count", "48", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["model"], row["steps"]) for row in results["rows"]] == [
+        (model, steps) for model in ("pretrain", "flowmap", "distill", "flowmap:consistency") for steps in (1, 2)]
+    assert results["real_accuracy"]["all"] >= 0.99 and results["floor"] > 0
+    for name in ("table.md", "distill.png", "distill.gif", "flowmap-consistency.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "| distill | 2 |" in capsys.readouterr().out

@@ -131,10 +131,10 @@ def standardise(x: torch.Tensor) -> torch.Tensor:
 class Shapes:
     """A circle, square or triangle of one of four colours that moves straight in one of four directions.
 
-    Lengths are given for a 16 x 16 picture and scale with its size: radius 2.8 to 3.6, 5.6 pixels of travel a clip
+    Lengths are given for a 16 x 16 picture and scale with its size: radius 3.4 to 4.2, 5.6 pixels of travel a clip
     (0.8 a frame for 8 frames). The shape stays inside the picture. 48 captions: "a red circle moving left".
     """
-    RADII = (2.8, 3.6)
+    RADII = (3.4, 4.2)
 
     def __init__(self, frames: int = 8, size: int = 16):
         self.name, self.frames, self.size, self.scale = "shapes", frames, size, size / 16
@@ -170,7 +170,8 @@ class Shapes:
         r = radius[:, None, None, None]
         coverage = torch.empty(*centre.shape[:2], self.size, self.size)
         for label, distance in enumerate((
-            lambda x, y, r: (x * x + y * y).sqrt() - r,
+            # A thick outline: a filled disc of this size differs from a square by a few pixels only.
+            lambda x, y, r: ((x * x + y * y).sqrt() - 0.75 * r).abs() - 0.25 * r,
             lambda x, y, r: torch.maximum(x.abs(), y.abs()) - 0.9 * r,
             # As tall as wide: apex 4/3 r above the centre of mass, base 2/3 r below it.
             lambda x, y, r: torch.maximum((2 * x.abs() - y - 4 / 3 * r) / 5**0.5, y - 2 / 3 * r),

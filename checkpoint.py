@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-import data
+import encoders
 from model import FlowMapDiT, ModelConfig
 
 
@@ -164,8 +164,8 @@ def load_model(stage: Path) -> tuple[FlowMapDiT, dict]:
 class Pipeline:
     """What is needed to sample from a finished stage."""
     network: FlowMapDiT
-    codec: data.PatchPCA
-    words: data.Words
+    codec: encoders.PatchPCA
+    words: encoders.Words
     config: dict                 # the stage's resolved training config
     latent_shape: tuple          # (F, C, H, W)
 
@@ -174,7 +174,7 @@ def load_pipeline(stage, device="cpu") -> Pipeline:
     stage = Path(stage)
     network, _ = load_model(stage)
     record = json.loads((stage / "config.json").read_text())
-    codec = data.PatchPCA.from_state(load_file(stage / "codec.safetensors"))
-    words = data.Words(record["vocabulary"], network.config.text_dim, record["text_length"])
+    codec = encoders.PatchPCA.from_state(load_file(stage / "codec.safetensors"))
+    words = encoders.Words(record["vocabulary"], network.config.text_dim, record["text_length"])
     return Pipeline(network.to(device).eval().requires_grad_(False), codec, words, record["config"],
                     tuple(record["latent_shape"]))

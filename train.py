@@ -27,6 +27,7 @@ import cli
 import data
 import distributed
 import dmd
+import encoders
 import flowmap
 import meanflow
 from cli import flag
@@ -49,7 +50,7 @@ class Config:
     fresh: bool = flag(False, "delete what this stage has saved and start anew, instead of resuming")
 
     steps: int = flag(1000, "updates of the network")
-    batch_size: int = flag(64, "samples of an update, over all processes and accumulation steps")
+    batch_size: int = flag(32, "samples of an update, over all processes and accumulation steps")
     micro_batch: int = flag(0, "samples a process takes at once; 0: no gradient accumulation")
     lr: float = flag(1e-3, "peak learning rate of AdamW")
     lr_end: float = flag(1.0, "last learning rate as a fraction of the peak, reached by a cosine; 1 keeps it constant")
@@ -62,8 +63,8 @@ class Config:
     ema_start: int = flag(100, "update at which the average starts, by copying the weights")
     text_drop: float = flag(0.1, "fraction of prompts replaced by the empty one, which guidance needs")
 
-    shift: float = flag(3.0, "timestep shift s: more of the training and of the sampling grid goes to high noise")
-    guidance: float = flag(2.0, "guidance scale fused into the flow map; 1 is none, and u_0 + w (u_c - u_0) in general")
+    shift: float = flag(5.0, "timestep shift s: more of training and sampling goes to high noise; 5 is Wan's")
+    guidance: float = flag(1.5, "guidance scale fused into the flow map; 1 is none, and u_0 + w (u_c - u_0) in general")
     epsilon: float = flag(0.005, "half width of the finite difference, in [0, 1] time; must lie where d u / d t is flat")
     derivative: str = flag("finite-difference", "how dF/dt is taken", choices=tuple(meanflow.DERIVATIVES))
     time_weight: str = flag("beta", "density w(t) of the forward loss", choices=tuple(flowmap.TIME_WEIGHTS))
@@ -87,9 +88,9 @@ class Config:
 # What differs from the defaults above, by preset and stage. Reasons stand in LOG.md where they were measured.
 RECIPES = {
     "toy": {
-        "pretrain": dict(steps=1500, lr=3e-3, lr_end=0.05, ema_start=200),
-        "flowmap": dict(steps=700, lr=1e-3, lr_end=0.1),
-        "distill": dict(steps=200, lr=2e-4, fake_lr=5e-4, beta1=0.0, beta2=0.999, warmup=10, ema_decay=0.97, ema_start=50),
+        "pretrain": dict(steps=3200, lr=3e-3, lr_end=0.05, ema_start=200),
+        "flowmap": dict(steps=1000, lr_end=0.1),
+        "distill": dict(steps=250, lr=2e-4, fake_lr=5e-4, beta1=0.0, beta2=0.999, warmup=10, ema_decay=0.97, ema_start=50),
     },
     "tiny": {  # seconds a stage: for tests and smoke runs
         "pretrain": dict(steps=20, batch_size=8, warmup=5, ema_start=5, save_every=10),
@@ -209,15 +210,15 @@ def train(c: Config) -> Path:
         dataset = data.open_data(c.data, c.frames, c.size)
         if world.is_main and not (stage / "codec.safetensors").exists():
             stage.mkdir(parents=True, exist_ok=True)
-            codec = (data.PatchPCA.from_state(load_file(run / before / "codec.safetensors")) if before else
-                     data.PatchPCA.fit(dataset.clips(range(1024), seed=c.seed)[0], PRESETS[c.preset].channels))
+            codec = (encoders.PatchPCA.from_state(load_file(run / before / "codec.safetensors")) if before else
+                     encoders.PatchPCA.fit(dataset.clips(range(1024), seed=c.seed)[0], PRESETS[c.preset].channels))
             save_file(codec.state(), stage / "codec.safetensors.partial")
             (stage / "codec.safetensors.partial").rename(stage / "codec.safetensors")
     except ValueError as error:
         raise SystemExit(f"--data {c.data}: {error}") from None
     barrier(world)
-    codec = data.PatchPCA.from_state(load_file(stage / "codec.safetensors"))
-    words = data.Words.of(dataset.captions, PRESETS[c.preset].text_dim)
+    codec = encoders.PatchPCA.from_state(load_file(stage / "codec.safetensors"))
+    words = encoders.Words.of(dataset.captions, PRESETS[c.preset].text_dim)
     latent_shape = tuple(codec.encode(dataset.clips([0], seed=c.seed)[0]).shape[1:])
 
     def draw(step: int, slots: torch.Tensor) -> Batch:

@@ -1,6 +1,5 @@
 """data.py: clips are pure functions of (seed, index), can be read back, and survive the two stand-in encoders."""
 import json
-import sys
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -8,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import DIRECTIONS, Folder, PatchPCA, Words, open_data
+from data import DIRECTIONS, Folder, open_data
+from encoders import PatchPCA, Words
 
 TOYS = ("shapes", "digits")
 

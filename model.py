@@ -28,14 +28,15 @@ class ModelConfig:
                                   # from scratch for minutes needs a slower one for a smooth d u / d t
     second_time: bool = True      # False: the plain teacher, which knows t only and ignores r
     gate: float = 0.25            # g in e = (1 - g) E(t) + g E'(r)
-    output_skip: bool = False     # add the exact average velocity of unit Gaussian data; helps small nets from scratch
+    output_skip: float = 0.0      # > 0: add the exact average velocity of Gaussian data of this standard deviation to
+                                  # the output, which helps small networks that start from scratch
 
 
 PRESETS = {
     "tiny": ModelConfig(dim=32, heads=2, layers=2, ffn_dim=64, channels=48, patch=1, text_dim=64, freq_dim=32,
-                        time_scale=50.0, output_skip=True),
+                        time_scale=50.0, output_skip=1.0),
     "toy": ModelConfig(dim=96, heads=4, layers=4, ffn_dim=384, channels=48, patch=1, text_dim=64, freq_dim=64,
-                       time_scale=50.0, output_skip=True),
+                       time_scale=50.0, output_skip=1.0),
     "wan-1.3b": ModelConfig(),
     "wan-14b": ModelConfig(dim=5120, heads=40, layers=40, ffn_dim=13824),
 }
@@ -229,15 +230,15 @@ class FlowMapDiT(nn.Module):
         x = x.view(B, F_, H // c.patch, W // c.patch, c.patch, c.patch, C)
         u = x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, F_, C, H, W)
         if c.output_skip:
-            u = u + gaussian_average_velocity(z.float(), t[..., None, None, None], r[..., None, None, None])
+            u = u + gaussian_average_velocity(z.float(), *(time[..., None, None, None] for time in (t, r)), c.output_skip)
         return u
 
 
-def gaussian_average_velocity(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """The exact u(z, t, r) when the data are N(0, I): there z_r = z_t s(r) / s(t) with s(t)^2 = t^2 + (1 - t)^2, so
-    (z_t - z_r) / (t - r) = 2 (t + r - 1) z_t / (s(t) (s(t) + s(r))), which needs no division by t - r."""
-    s_t, s_r = (t**2 + (1 - t) ** 2).sqrt(), (r**2 + (1 - r) ** 2).sqrt()
-    return 2 * (t + r - 1) / (s_t * (s_t + s_r)) * z
+def gaussian_average_velocity(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, std: float) -> torch.Tensor:
+    """The exact u(z, t, r) when the data are N(0, std^2): there z_r = z_t s(r) / s(t) with s(t)^2 = t^2 + std^2 (1 - t)^2,
+    and (z_t - z_r) / (t - r) in a form that needs no division by t - r."""
+    s_t, s_r = ((time**2 + std**2 * (1 - time) ** 2).sqrt() for time in (t, r))
+    return ((t + r) * (1 + std**2) - 2 * std**2) / (s_t * (s_t + s_r)) * z
 
 
 def as_flow_map(teacher_state: dict) -> dict:

@@ -87,11 +87,12 @@ def test_patch_embedding_is_the_strided_convolution():
     torch.testing.assert_close(embed(z), conv.flatten(3).permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_output_skip_is_the_exact_flow_map_of_unit_gaussian_data():
-    config = replace(SMALL, output_skip=True)
+@pytest.mark.parametrize("std", [1.0, 0.3])
+def test_output_skip_is_the_exact_flow_map_of_gaussian_data(std):
+    config = replace(SMALL, output_skip=std)
     net = FlowMapDiT(config).init_weights(generator("init"))            # zero head: the skip alone
     z, t, r, text = inputs(config)
-    scale = lambda t: (t**2 + (1 - t) ** 2).sqrt()[:, None, None, None, None]
+    scale = lambda t: (t**2 + std**2 * (1 - t) ** 2).sqrt()[:, None, None, None, None]
     torch.testing.assert_close(flow_map(conditioned(net, text), z, t, r), z * scale(r) / scale(t), rtol=1e-4, atol=1e-5)
 
 

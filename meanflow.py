@@ -35,53 +35,39 @@ def exact_derivative(u, z_t, t, r, v, epsilon=None):
         return torch.func.jvp(lambda z, t: u(z, t, r), (z_t, t), (v, torch.ones_like(t)))[1]
 
 
-TANGENTS = ("sample", "network")
 DERIVATIVES = {"finite-difference": finite_difference, "jvp": exact_derivative}
 
 
 def meanflow_error(network, x, n, t, r, text, null_text, guidance: float = 3.0, epsilon: float = 0.005,
-                   derivative: str = "finite-difference", tangent: str = "sample", all_ranks_differentiate: bool = False):
+                   derivative: str = "finite-difference", all_ranks_differentiate: bool = False):
     """err (B,) of the forward loss, with gradient through u_c only.
 
     text, null_text: prompt and empty-prompt features (B, T, text_dim). A row whose prompt was dropped (text equal to
     null_text) is trained towards the plain velocity, because u_c and u_0 are then the same output.
     guidance: w, the classifier-free guidance scale (1 = none, which also saves the u_0 pass).
-    tangent: the velocity v of rows with r < t. "sample", the paper's, is n - x, which is right on average but noisy:
-    dF/dt follows a straight line that the flow does not take. "network" is u(z_t, t, t, text), which is trained to be
-    the guided velocity by the rows with r = t; those rows then need no u_0, so that the cost is the same.
     all_ranks_differentiate: make the calls of the derivative even if no row here needs them. Under FSDP every rank must
     make the same calls, so this is True when any rank of the micro-batch holds a row with r < t.
     """
     z_t, v, gap = interpolate(x, n, t), n - x, r < t
     dropped = (text == null_text).flatten(1).all(1)
-    own_target = gap if tangent == "network" else torch.zeros_like(gap)
-    w = torch.where(dropped | own_target, 1.0, guidance).to(t)                       # (B,)
+    w = torch.where(dropped, 1.0, guidance).to(t)                                    # (B,)
     F = network(z_t, t, r, text)
     if guidance != 1:
-        rows, u_0 = some_rows(w != 1), torch.zeros_like(F)
         with torch.no_grad():
-            u_0[rows] = network(z_t[rows], t[rows], r[rows], null_text[rows])
+            u_0 = network(z_t, t, r, null_text)
         F = (F - expand(1 - w, F) * u_0) / expand(w, F)
 
     # Rows with r = t would multiply the derivative by zero: they are left out of its batch.
     target = v
     if all_ranks_differentiate or gap.any():
-        rows = some_rows(gap)
+        rows = gap.nonzero().squeeze(1) if gap.any() else torch.zeros(1, dtype=torch.long, device=t.device)
         u = conditioned(network, text[rows])
-        with torch.no_grad():
-            v_rows = u(z_t[rows], t[rows], t[rows]) if tangent == "network" else v[rows]
-        dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], r[rows], v_rows, epsilon)
-        target = v.index_copy(0, rows, v_rows - expand((t - r)[rows] / w[rows], v) * dF_dt)
-        target = torch.where(expand(gap, v), target, v)
+        dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], r[rows], v[rows], epsilon)
+        target = v.index_add(0, rows, -expand((t - r)[rows] / w[rows], dF_dt) * dF_dt)
     return (F - target).square().flatten(1).mean(1)
 
 
-def some_rows(mask: torch.Tensor) -> torch.Tensor:
-    """Indices where mask (B,) is true; the first row if it is nowhere, for a call that must be made all the same."""
-    return mask.nonzero().squeeze(1) if mask.any() else torch.zeros(1, dtype=torch.long, device=mask.device)
-
-
-def balanced_loss(err, t, r, weight, flow_error, weight_before_balance: bool = False, max_scale: float = float("inf")):
+def balanced_loss(err, t, r, weight, flow_error, weight_before_balance: bool = False):
     """Adaptive balance (B,): rows with r < t are scaled by mu / (err + 1e-5), so that the regression at r = t sets the
     scale and a large gap cannot blow up; then the time weight w(t) applies to all rows.
 
@@ -91,6 +77,5 @@ def balanced_loss(err, t, r, weight, flow_error, weight_before_balance: bool = F
     """
     if weight_before_balance:
         err, weight = err * weight, torch.ones_like(weight)
-    scale = (flow_error / (err.detach() + 1e-5)).clamp(max=max_scale)
-    scale = torch.where(r < t, scale, torch.ones_like(err))
+    scale = torch.where(r < t, flow_error / (err.detach() + 1e-5), torch.ones_like(err))
     return scale * err * weight

@@ -67,8 +67,6 @@ class Config:
     guidance: float = flag(1.5, "guidance scale fused into the flow map; 1 is none, and u_0 + w (u_c - u_0) in general")
     epsilon: float = flag(0.005, "half width of the finite difference, in [0, 1] time; must lie where d u / d t is flat")
     derivative: str = flag("finite-difference", "how dF/dt is taken", choices=tuple(meanflow.DERIVATIVES))
-    tangent: str = flag("sample", "velocity of samples with r < t: the sample's own n - x, or the network's u(z, t, t)",
-                        choices=meanflow.TANGENTS)
     time_weight: str = flag("beta", "density w(t) of the forward loss", choices=tuple(flowmap.TIME_WEIGHTS))
     weight_before_balance: bool = flag(False, "the released order, in which w(t) cancels for r < t")
     flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
@@ -304,7 +302,7 @@ def train(c: Config) -> Path:
         micro = slice(int(batch.slots[0]) - world.rank, int(batch.slots[0]) - world.rank + per_step)
         t, r = t_all[batch.slots].to(world.device), r_all[batch.slots].to(world.device)
         err = meanflow.meanflow_error(student_net, batch.x, batch.n, t, r, drop_text(step, batch), batch.null_text,
-                                      c.guidance, c.epsilon, c.derivative, c.tangent,
+                                      c.guidance, c.epsilon, c.derivative,
                                       all_ranks_differentiate=bool((r_all[micro] < t_all[micro]).any()))
         flow, detached = r == t, err.detach()
         sums = distributed.sum_over_ranks(detached[flow].sum().item(), int(flow.sum()), detached.sum().item(), world=world)
@@ -313,8 +311,7 @@ def train(c: Config) -> Path:
         # Without an r = t sample (a global batch of 1 may have none) the micro-batch's own mean sets the scale.
         mu = flow_errors[0] / flow_errors[1] if flow_errors[1] else sums[2] / per_step
         weight = flowmap.time_weight(t, c.time_weight, c.shift)
-        loss = meanflow.balanced_loss(err, t, r, weight, mu, c.weight_before_balance,
-                                      max_scale=1.0 if c.tangent == "network" else math.inf)
+        loss = meanflow.balanced_loss(err, t, r, weight, mu, c.weight_before_balance)
         for name, rows in (("err_flow", flow), ("err_free", ~flow & (r > 0)), ("err_consistency", ~flow & (r == 0))):
             log.add(name, detached[rows])
         log.add("loss", loss)

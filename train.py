@@ -431,5 +431,4 @@ if __name__ == "__main__":
         train(parse_config())
     except ValueError as error:
         raise SystemExit(f"train.py: {error}") from None
-    finally:
-        distributed.stop()
+    distributed.stop()

@@ -6,12 +6,17 @@ both "which way does the flow point at t" (r = t) and "what is the mean velocity
 Legend:  B batch   F latent frames   C latent channels   H, W latent height and width   P spatial patch
          S = (H / P) * (W / P) tokens of a frame   L = F * S tokens   D width   N heads   K = D / N   T text tokens
 Times are float32 in [0, 1] (1 = noise), of shape (B,) for one time a clip or (B, F) for one a frame.
+
+Causal generation (METHOD section 7) is the same network asked about one chunk of frames at a time, or about several
+that do not see each other, in a `Context`: the prompt and the keys and values of the clean chunks before. A clip in one
+chunk, with nothing before it, is the bidirectional case.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class ModelConfig:
     time_scale: float = 1000.0    # the sinusoid sees time_scale * t. 1000 is what Wan weights know; a network trained
                                   # from scratch for minutes needs a slower one for a smooth d u / d t
     second_time: bool = True      # False: the plain teacher, which knows t only and ignores r
+    compressed: bool = False      # a second patch embedding, of patch 2 P, for the older chunks of a causal network
     gate: float = 0.25            # g in e = (1 - g) E(t) + g E'(r)
     output_skip: float = 0.0      # > 0: add the exact average velocity of Gaussian data of this standard deviation to
                                   # the output, which helps small networks that start from scratch
@@ -49,17 +55,19 @@ def time_features(t: torch.Tensor, width: int, scale: float) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotary_angles(frames: torch.Tensor, height: int, width: int, head_dim: int) -> torch.Tensor:
+def rotary_angles(frames: torch.Tensor, height: int, width: int, head_dim: int, stride: int = 1) -> torch.Tensor:
     """Unit complex rotations (F, h * w, K / 2) of a token grid, for the 3-D rotary embedding.
 
     frames: positions (F,) of the latent frames, any numbers, so that a chunk may sit anywhere in a long video.
     The head's channels split into time, height and width as (K - 4 (K // 6), 2 (K // 6), 2 (K // 6)), theta 10000.
+    stride: rows and columns that a token covers. The mean of their rotations, brought back to length 1, is the rotation
+    of their middle.
     """
     axis_dim = 2 * (head_dim // 6)
     axes = []
     for positions, dim in ((frames, head_dim - 2 * axis_dim),
-                           (torch.arange(height, device=frames.device), axis_dim),
-                           (torch.arange(width, device=frames.device), axis_dim)):
+                           (torch.arange(height, device=frames.device) * stride + (stride - 1) / 2, axis_dim),
+                           (torch.arange(width, device=frames.device) * stride + (stride - 1) / 2, axis_dim)):
         frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=frames.device, dtype=torch.float64) / dim)
         angles = positions.double()[:, None] * frequencies
         axes.append(torch.polar(torch.ones_like(angles), angles))
@@ -92,6 +100,34 @@ def layer_norm(x: torch.Tensor, weight=None, bias=None) -> torch.Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, 1e-6)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A clean chunk as later ones see it: the keys, before rotation, and values of every layer, (B, N, L, K) each."""
+    start: int                    # position in the video of its first frame
+    frames: int
+    stride: int                   # 1, or 2 for a compressed chunk: patches of frames that a token covers, each way
+    memory: tuple                 # of (keys, values)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a call of the network knows beside z and its times. Never changed in place: `remember` makes a new one, so
+    that a checkpointed block computes the same again in the backward pass."""
+    text: torch.Tensor | tuple    # prompt features (B, T, text_dim), or what `read` made of them
+    past: tuple[Chunk, ...] = ()  # compressed chunks, then full ones, in the order of the video
+    start: int = 0                # position in the video of z's first frame
+    chunks: tuple[int, ...] = ()  # frames of each chunk of z; none: z is one chunk
+    recent: tuple = ()            # clean latents of the full chunks of `past`, for when the window slides
+
+    def __getitem__(self, rows) -> "Context":
+        """The same for some samples of the batch."""
+        def pick(pairs):
+            return tuple((k[rows], v[rows]) for k, v in pairs)
+        return replace(self, text=pick(self.text) if isinstance(self.text, tuple) else self.text[rows],
+                       past=tuple(replace(chunk, memory=pick(chunk.memory)) for chunk in self.past),
+                       recent=tuple(z[rows] for z in self.recent))
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -99,14 +135,23 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)    # over all heads' channels at once
 
-    def forward(self, x, context, rope=None):
-        """x (B, L, D) asks, context (B, L', D) answers; rope (L, K / 2) turns both (self-attention only)."""
+    def memory(self, context):
+        """Keys, not rotated, and values (B, N, L', K) of context (B, L', D)."""
+        return (self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1)).transpose(1, 2),
+                self.v(context).unflatten(-1, (self.heads, -1)).transpose(1, 2))
+
+    def forward(self, x, k, v, rope=None, spans=None):
+        """x (B, L, D) asks, keys and values (B, N, L', K) answer; rope (L', K / 2) turns all keys and, with its end,
+        the queries. spans: which queries may see which keys, as (start, stop, key ranges); none: all see all."""
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)           # (B, N, L,  K)
-        k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, N, L', K)
-        v = self.v(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)                  # (B, N, L', K)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        x = F.scaled_dot_product_attention(q, k, v)                                          # (B, N, L,  K)
+            q, k = rotate(q, rope[-q.shape[2]:]), rotate(k, rope)
+        parts = []
+        for start, stop, ranges in spans or [(0, q.shape[2], [(0, k.shape[2])])]:
+            seen = ([m[:, :, a:b] for a, b in ranges] for m in (k, v))
+            seen = (m[0] if len(m) == 1 else torch.cat(m, 2) for m in seen)
+            parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], *seen))
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 2)                             # (B, N, L,  K)
         return self.out(x.transpose(1, 2).flatten(2))                                        # (B, L, D)
 
 
@@ -132,18 +177,32 @@ class Block(nn.Module):
         self.norm_cross = nn.LayerNorm(c.dim, eps=1e-6)          # the only norm of the block with weights of its own
         self.ffn = MLP(c.dim, c.ffn_dim, c.dim, gelu)
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+        self.checkpointing = False                               # keep no activations, compute them again in backward
 
-    def forward(self, x, modulation, text, rope):
-        """x (B, F, S, D), modulation (B, F or 1, 6, D) in fp32, text (B, T, D), rope (L, K / 2)."""
+    def read(self, text):
+        """The prompt's keys and values for cross-attention, from text (B, T, D)."""
+        return self.cross_attn.memory(text)
+
+    def forward(self, x, modulation, text, rope, spans=None, past=()):
+        """x (B, F, S, D), modulation (B, F or 1, 6, D) in fp32, text (B, T, D) or its keys and values, rope of past and
+        own tokens (L', K / 2), past: keys and values of each chunk before. Returns x, and its own keys and values."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, modulation, text, rope, spans, past, use_reentrant=False)
+        return self.compute(x, modulation, text, rope, spans, past)
+
+    def compute(self, x, modulation, text, rope, spans, past):
         # Modulation depends on the frame only and broadcasts over its tokens: never expanded to (B, L, 6, D).
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unsqueeze(3).unbind(2)
         size = x.shape[1:3]
         h = (layer_norm(x) * (1 + scale1) + shift1).type_as(x).flatten(1, 2)                 # (B, L, D)
-        x = (x.float() + gate1 * self.self_attn(h, h, rope).unflatten(1, size)).type_as(x)   # (B, F, S, D)
+        own = self.self_attn.memory(h)
+        k, v = (torch.cat([*before, now], 2) for *before, now in zip(*past, own)) if past else own
+        x = (x.float() + gate1 * self.self_attn(h, k, v, rope, spans).unflatten(1, size)).type_as(x)
         h = layer_norm(x, self.norm_cross.weight, self.norm_cross.bias).type_as(x).flatten(1, 2)
-        x = x + self.cross_attn(h, text).unflatten(1, size)
+        text = text if isinstance(text, tuple) else self.read(text)
+        x = x + self.cross_attn(h, *text).unflatten(1, size)
         h = (layer_norm(x) * (1 + scale2) + shift2).type_as(x)                               # (B, F, S, D)
-        return (x.float() + gate2 * self.ffn(h)).type_as(x)
+        return (x.float() + gate2 * self.ffn(h)).type_as(x), own
 
 
 class PatchEmbed(nn.Module):
@@ -172,6 +231,8 @@ class FlowMapDiT(nn.Module):
         if c.dim % c.heads or c.dim // c.heads % 2 or c.dim // c.heads < 6:
             raise ValueError(f"width {c.dim} over {c.heads} heads: the head width must be a whole, even number >= 6")
         self.patch_embed = PatchEmbed(c.channels, c.patch, c.dim)
+        if c.compressed:
+            self.far_patch_embed = PatchEmbed(c.channels, 2 * c.patch, c.dim)
         self.time_embed = MLP(c.freq_dim, c.dim, c.dim, F.silu)                     # E
         if c.second_time:
             self.r_embed = MLP(c.freq_dim, c.dim, c.dim, F.silu)                    # E', starts as a copy of E
@@ -198,40 +259,146 @@ class FlowMapDiT(nn.Module):
                 p.copy_((2 * torch.rand(p.shape, generator=generator) - 1) * bound)
         if self.config.second_time:
             self.r_embed.load_state_dict(self.time_embed.state_dict())
+        if self.config.compressed:
+            self.far_patch_embed.load_state_dict(compressed_patch_embed(self.patch_embed.state_dict()))
         return self
 
-    def forward(self, z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """z (B, F, C, H, W), times t >= r of shape (B,) or (B, F), text (B, T, text_dim) -> u (B, F, C, H, W), fp32.
+    def forward(self, z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, context) -> torch.Tensor:
+        """z (B, F, C, H, W), times t >= r of shape (B,) or (B, F) -> u (B, F, C, H, W), fp32.
 
-        Raises ValueError for latents that the patch size does not divide, or of another channel count.
+        context: prompt features (B, T, text_dim) alone, or a Context. A chunk of z sees itself and the past chunks that
+        end before it begins. Raises ValueError for latents that the patch size does not divide, of another channel
+        count, or of another length than the context's chunks.
         """
-        c = self.config
-        B, F_, C, H, W = z.shape
-        if C != c.channels or H % c.patch or W % c.patch:
-            raise ValueError(f"latents of {C} channels, {H} x {W}: expected {c.channels} channels and sides that "
-                             f"are multiples of {c.patch}")
-        t, r = (time.float().view(B, -1) for time in (t, r))                        # (B, F) or (B, 1)
+        c, P = self.config, self.config.patch
+        context = context if isinstance(context, Context) else Context(context)
+        t, r = (time.float().view(len(z), -1) for time in (t, r))                   # (B, F) or (B, 1)
         r = r if c.second_time else t
-        dtype = self.time_proj.weight.dtype
-        e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype))   # (B, F or 1, D)
-        if c.second_time:
-            e = (1 - c.gate) * e + c.gate * self.r_embed(time_features(r, c.freq_dim, c.time_scale).to(dtype))
-        modulation = self.time_proj(F.silu(e)).unflatten(-1, (6, -1)).float()       # (B, F or 1, 6, D)
-
-        rope = rotary_angles(torch.arange(F_, device=z.device), H // c.patch, W // c.patch, c.dim // c.heads)
-        rope = rope.flatten(0, 1)                                                   # (L, K / 2)
-        text = self.text_embed(text.to(dtype))                                      # (B, T, D)
-        x = self.patch_embed(z)                                                     # (B, F, S, D)
-        for block in self.blocks:
-            x = block(x, modulation, text, rope)
+        e = self.embed_times(t, r)
+        x, _ = self.run(z, self.patch_embed, e, context)                            # (B, F, S, D)
 
         shift, scale = (self.head_modulation.float() + e.float().unsqueeze(2)).unsqueeze(3).unbind(2)
         x = self.head((layer_norm(x) * (1 + scale) + shift).type_as(x)).float()     # (B, F, S, P * P * C)
-        x = x.view(B, F_, H // c.patch, W // c.patch, c.patch, c.patch, C)
-        u = x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, F_, C, H, W)
+        x = x.unflatten(3, (P, P, -1)).unflatten(2, (z.shape[3] // P, -1))          # (B, F, h, w, P, P, C)
+        u = x.permute(0, 1, 6, 2, 4, 3, 5).reshape(z.shape)
         if c.output_skip:
             u = u + gaussian_average_velocity(z.float(), *(time[..., None, None, None] for time in (t, r)), c.output_skip)
         return u
+
+    def encode(self, z: torch.Tensor, context: Context, compressed: bool = False) -> tuple[Chunk, ...]:
+        """Clean latents z (B, F, C, H, W) -> its chunks, as later ones see them. A chunk of z sees the past and the
+        chunks of z up to itself, at t = r = 0."""
+        if compressed and not self.config.compressed:
+            raise ValueError("this network has no compressed patch embedding: keep every past chunk full")
+        zero = torch.zeros(len(z), 1, device=z.device)
+        embed = self.far_patch_embed if compressed else self.patch_embed
+        _, layers = self.run(z, embed, self.embed_times(zero, zero), context, encoding=True)
+        tokens, chunks, frame = layers[0][0].shape[2] // z.shape[1], [], 0
+        for frames in context.chunks or (z.shape[1],):
+            rows = slice(frame * tokens, (frame + frames) * tokens)
+            memory = tuple((k[:, :, rows], v[:, :, rows]) for k, v in layers)
+            chunks.append(Chunk(context.start + frame, frames, 1 + compressed, memory))
+            frame += frames
+        return tuple(chunks)
+
+    def read(self, text: torch.Tensor) -> tuple:
+        """Prompt features (B, T, text_dim) -> keys and values of every cross-attention, for a Context that many calls
+        share."""
+        text = self.text_embed(text.to(self.time_proj.weight.dtype))
+        return tuple(block.read(text) for block in self.blocks)
+
+    def embed_times(self, t, r):
+        """e (B, F or 1, D), the mixed embedding of both times."""
+        c, dtype = self.config, self.time_proj.weight.dtype
+        e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype))
+        if c.second_time:
+            e = (1 - c.gate) * e + c.gate * self.r_embed(time_features(r, c.freq_dim, c.time_scale).to(dtype))
+        return e
+
+    def run(self, z, embed, e, context: Context, encoding: bool = False):
+        """The blocks: latents z through the patch embedding `embed`, modulated by e -> tokens (B, F, S, D) after the last
+        block and, when encoding, the keys and values of every layer."""
+        (F_, C, H, W), c = z.shape[1:], self.config
+        if C != c.channels or H % embed.patch or W % embed.patch:
+            raise ValueError(f"latents of {C} channels, {H} x {W}: expected {c.channels} channels and sides that "
+                             f"are multiples of {embed.patch}")
+        chunks = context.chunks or (F_,)
+        if sum(chunks) != F_:
+            raise ValueError(f"{F_} latent frames, but chunks of {list(chunks)}")
+        h, w, head_dim = H // c.patch, W // c.patch, c.dim // c.heads
+        own = Chunk(context.start, F_, embed.patch // c.patch, ())
+        rope = torch.cat([rotary_angles(torch.arange(b.start, b.start + b.frames, device=z.device), h // b.stride,
+                                        w // b.stride, head_dim, b.stride).flatten(0, 1)
+                          for b in (*context.past, own)])                           # (L', K / 2)
+        modulation = self.time_proj(F.silu(e)).unflatten(-1, (6, -1)).float()       # (B, F or 1, 6, D)
+        text = context.text
+        text = [self.text_embed(text.to(e.dtype))] * c.layers if isinstance(text, torch.Tensor) else text
+        x = embed(z)                                                                # (B, F, S, D)
+        spans, layers = attention_spans(context, chunks, x.shape[2], sees_earlier_own=encoding), []
+        for i, block in enumerate(self.blocks):
+            x, memory = block(x, modulation, text[i], rope, spans, tuple(chunk.memory[i] for chunk in context.past))
+            if encoding:
+                layers.append(memory)
+        return x, layers
+
+
+def attention_spans(context: Context, chunks, tokens: int, sees_earlier_own: bool) -> list:
+    """Which keys each chunk of z may see: (first query, last query + 1, [ranges of keys]). Keys are those of the past,
+    then z's own, `tokens` a frame; one dense attention a chunk."""
+    past = [(chunk.start + chunk.frames, chunk.memory[0][0].shape[2]) for chunk in context.past]
+    offset, spans, start = sum(length for _, length in past), [], 0
+    for frames in chunks:
+        stop = start + frames * tokens
+        seen = sum(length for end, length in past if end <= context.start + start // tokens)
+        first = offset + (0 if sees_earlier_own else start)
+        # Two ranges that touch are one, which needs no copy.
+        ranges = [(0, offset + stop)] if seen == first else [(0, seen), (first, offset + stop)]
+        spans.append((start, stop, ranges))
+        start = stop
+    return spans
+
+
+def teacher_forced(network, x: torch.Tensor, text, chunks, full_chunks: int) -> Context:
+    """The context in which the last chunks of a clip are trained (METHOD section 7): each sees the clean chunks before.
+
+    x (B, F, C, H, W) clean latents, chunks: frames of each chunk, adding up to F. The last `full_chunks` are the ones to
+    be trained, older ones are compressed; 0 trains all and compresses none. The context's `start` is the first frame
+    to be trained. A single chunk makes the bidirectional context: nothing but the prompt.
+    """
+    old, new = (tuple(chunks[:-full_chunks]), tuple(chunks[-full_chunks:])) if full_chunks else ((), tuple(chunks))
+    context = Context(text, start=sum(old), chunks=new)
+    if old:
+        context = replace(context, past=network.encode(x[:, :sum(old)], Context(text, chunks=old), compressed=True))
+    if len(new) > 1:                                 # nobody sees the clean copy of the last chunk
+        clean = network.encode(x[:, sum(old):sum(chunks[:-1])], replace(context, chunks=new[:-1]))
+        context = replace(context, past=context.past + clean)
+    return context
+
+
+def remember(network, context: Context, z_0: torch.Tensor, full_chunks: int, window: int = 0) -> Context:
+    """The context of the next chunk, once z_0 (B, F, C, H, W) is finished.
+
+    The next chunk and the `full_chunks` - 1 before it are full, older ones compressed (0: all are full). What is encoded
+    is the chunk that leaves the full ones, whose compressed form depends on compressed chunks only and never changes,
+    and the full ones, which now see one compressed chunk more. window > 0: only the last `window` chunks are kept.
+    """
+    start = context.start + z_0.shape[1]
+    if not full_chunks:
+        past = context.past + network.encode(z_0, context)
+        return replace(context, past=past[-window:], start=start)
+    recent = (*context.recent, z_0)
+    old = tuple(chunk for chunk in context.past if chunk.stride > 1)
+    first = start - sum(z.shape[1] for z in recent)                      # of the recent ones
+    while len(recent) >= full_chunks:
+        old += network.encode(recent[0], replace(context, past=old, start=first, chunks=()), compressed=True)
+        first, recent = first + recent[0].shape[1], recent[1:]
+    if window:
+        old = old[-(window - len(recent)):] if window > len(recent) else ()
+    full = ()
+    if recent:
+        lengths = tuple(z.shape[1] for z in recent)
+        full = network.encode(torch.cat(recent, 1), replace(context, past=old, start=first, chunks=lengths))
+    return replace(context, past=old + full, start=start, recent=recent)
 
 
 def gaussian_average_velocity(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, std: float) -> torch.Tensor:
@@ -246,3 +413,17 @@ def as_flow_map(teacher_state: dict) -> dict:
     is the teacher exactly, whatever the gate."""
     return teacher_state | {name.replace("time_embed", "r_embed"): value.clone()
                             for name, value in teacher_state.items() if name.startswith("time_embed.")}
+
+
+def compressed_patch_embed(embed: dict) -> dict:
+    """The compressed patch embedding that a patch embedding {weight (D, C, 1, P, P), bias} starts as: its kernel
+    interpolated to (1, 2 P, 2 P)."""
+    weight = embed["weight"]
+    kernel = F.interpolate(weight.float(), size=(1, 2 * weight.shape[3], 2 * weight.shape[4]), mode="trilinear")
+    return {"weight": kernel.to(weight.dtype), "bias": embed["bias"].clone()}
+
+
+def as_causal(state: dict) -> dict:
+    """A bidirectional network's state dict with the compressed patch embedding added."""
+    embed = {name: state[f"patch_embed.{name}"] for name in ("weight", "bias")}
+    return state | {f"far_patch_embed.{name}": value for name, value in compressed_patch_embed(embed).items()}

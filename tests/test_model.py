@@ -1,4 +1,4 @@
-"""The network: sizes, the two times, invariances, and parity with Diffusers' implementation."""
+"""The network: sizes, the two times, invariances. Parity with Diffusers is in test_causal.py."""
 from dataclasses import replace
 
 import pytest
@@ -7,33 +7,17 @@ import torch
 import model
 from distributed import generator
 from flowmap import conditioned, flow_map
-from model import PRESETS, FlowMapDiT, ModelConfig
+from golden import SMALL, inputs, network
+from model import PRESETS, FlowMapDiT
 
-SMALL = ModelConfig(dim=48, heads=4, layers=2, ffn_dim=80, channels=6, patch=2, text_dim=20, freq_dim=32)
-
-
-def network(config=SMALL, seed=0):
-    """Random weights everywhere, so that no term is hidden by a zero."""
-    net, g = FlowMapDiT(config), generator("model", seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * (0.1 if p.ndim > 1 else 0.3))
-    return net.requires_grad_(False)
-
-
-def inputs(config=SMALL, batch=2, frames=3, seed=0):
-    g = generator("inputs", seed)
-    z = torch.randn(batch, frames, config.channels, 4 * config.patch, 3 * config.patch, generator=g)
-    t = torch.rand(batch, generator=g)
-    return z, t, t * torch.rand(batch, generator=g), torch.randn(batch, 5, config.text_dim, generator=g)
-
-
-@pytest.mark.parametrize("preset, second_time, count", [
-    ("wan-1.3b", False, 1_418_996_800), ("wan-1.3b", True, 1_421_752_384),
-    ("wan-14b", False, 14_288_491_584), ("wan-14b", True, 14_316_026_944)])
-def test_parameter_counts_are_wans(preset, second_time, count):
+@pytest.mark.parametrize("preset, extra, count", [
+    ("wan-1.3b", dict(second_time=False), 1_418_996_800), ("wan-1.3b", {}, 1_421_752_384),
+    ("wan-1.3b", dict(compressed=True), 1_422_147_136),
+    ("wan-14b", dict(second_time=False), 14_288_491_584), ("wan-14b", {}, 14_316_026_944),
+    ("wan-14b", dict(compressed=True), 14_317_342_784)])
+def test_parameter_counts_are_wans(preset, extra, count):
     with torch.device("meta"):
-        net = FlowMapDiT(replace(PRESETS[preset], second_time=second_time))
+        net = FlowMapDiT(replace(PRESETS[preset], **extra))
     assert sum(p.numel() for p in net.parameters()) == count
 
 
@@ -114,45 +98,6 @@ def test_wrong_latents_are_named():
     with pytest.raises(ValueError, match="5 channels.*expected 6 channels"):
         net(z[:, :, :5], t, r, text)
     with pytest.raises(ValueError, match="multiples of 2"):
-        net(z[..., :5], t, r, text)
+        net(z[..., :3], t, r, text)
     with pytest.raises(ValueError, match="head width"):
         FlowMapDiT(replace(SMALL, heads=5))
-
-
-def diffusers_names(state: dict) -> dict:
-    """Our tensors under the names of the public Diffusers layout."""
-    rename = (("patch_embed.", "patch_embedding."), ("time_embed.up", "condition_embedder.time_embedder.linear_1"),
-              ("time_embed.down", "condition_embedder.time_embedder.linear_2"),
-              ("r_embed.up", "condition_embedder.delta_embedder.linear_1"),
-              ("r_embed.down", "condition_embedder.delta_embedder.linear_2"),
-              ("time_proj", "condition_embedder.time_proj"), ("text_embed.up", "condition_embedder.text_embedder.linear_1"),
-              ("text_embed.down", "condition_embedder.text_embedder.linear_2"), ("self_attn", "attn1"),
-              ("cross_attn", "attn2"), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".out.", ".to_out.0."),
-              ("norm_cross", "norm2"), ("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"),
-              ("head_modulation", "scale_shift_table"), ("modulation", "scale_shift_table"), ("head.", "proj_out."))
-    out = {}
-    for name, value in state.items():
-        for ours, theirs in rename:
-            name = name.replace(ours, theirs)
-        out[name] = value
-    return out
-
-
-@pytest.mark.parametrize("second_time", [True, False])
-def test_parity_with_diffusers(second_time):
-    """Same weights, same input, another implementation: within 1e-4 of the output's standard deviation."""
-    diffusers = pytest.importorskip("diffusers", minversion="0.42")
-    config = replace(SMALL, second_time=second_time)
-    kind = diffusers.AnyFlowTransformer3DModel if second_time else diffusers.WanTransformer3DModel
-    theirs = kind(patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=12, in_channels=6, out_channels=6,
-                  text_dim=20, freq_dim=32, ffn_dim=80, num_layers=2, cross_attn_norm=True)
-    ours = network(config)
-    theirs.load_state_dict(diffusers_names(ours.state_dict()))
-    z, t, r, text = inputs(config)
-    with torch.no_grad():
-        if second_time:
-            frames = lambda time: 1000 * time[:, None].expand(-1, z.shape[1])
-            expected = theirs(z, frames(t), frames(r), text).sample
-        else:
-            expected = theirs(z.transpose(1, 2), 1000 * t, text).sample.transpose(1, 2)
-    assert (ours(z, t, r, text) - expected).abs().max() < 1e-4 * expected.std()

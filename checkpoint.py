@@ -168,6 +168,7 @@ class Pipeline:
     words: encoders.Words
     config: dict                 # the stage's resolved training config
     latent_shape: tuple          # (F, C, H, W)
+    chunks: tuple                # latent frames of each chunk; one chunk for a bidirectional model
 
 
 def load_pipeline(stage, device="cpu") -> Pipeline:
@@ -176,5 +177,5 @@ def load_pipeline(stage, device="cpu") -> Pipeline:
     record = json.loads((stage / "config.json").read_text())
     codec = encoders.PatchPCA.from_state(load_file(stage / "codec.safetensors"))
     words = encoders.Words(record["vocabulary"], network.config.text_dim, record["text_length"])
-    return Pipeline(network.to(device).eval().requires_grad_(False), codec, words, record["config"],
-                    tuple(record["latent_shape"]))
+    shape, config = tuple(record["latent_shape"]), record["config"]
+    return Pipeline(network.to(device).eval().requires_grad_(False), codec, words, config, shape, tuple(record["chunks"]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ def shard(network: torch.nn.Module, world: World, bf16: bool) -> torch.nn.Module
                                   cast_forward_inputs=False)
     for block in network.blocks:
         fully_shard(block, mp_policy=policy)
-    return fully_shard(network, mp_policy=policy)
+        register_fsdp_forward_method(block, "read")
+    fully_shard(network, mp_policy=policy)
+    for method in ("encode", "read"):                            # these, too, gather the weights before they run
+        register_fsdp_forward_method(network, method)
+    return network
 
 
 def sync_gradients(network: torch.nn.Module, on: bool) -> None:

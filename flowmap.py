@@ -13,23 +13,22 @@ from functools import lru_cache
 import torch
 
 
-def conditioned(network, text):
-    """The callable u(z, t, r) of a network u(z, t, r, text) for one batch of prompts."""
-    return lambda z, t, r: network(z, t, r, text)
+def conditioned(network, context):
+    """The callable u(z, t, r) of a network u(z, t, r, context) for one batch of prompts."""
+    return lambda z, t, r: network(z, t, r, context)
 
 
-def guided(network, text, null_text, scale: float):
+def guided(u_c, u_0, scale: float):
     """Classifier-free guidance as a callable u(z, t, r): u_0 + scale (u_c - u_0), where scale 1 is no guidance.
 
-    The paper's "cond + 3 (cond - uncond)" is scale 4 here. Conditional and empty-prompt passes share one call of twice
-    the batch. scale = 1 makes one call of the plain batch.
+    u_c, u_0: callables with the prompt and with the empty one. The paper's "cond + 3 (cond - uncond)" is scale 4 here.
     """
     if scale == 1:
-        return conditioned(network, text)
+        return u_c
 
     def u(z, t, r):
-        u_c, u_0 = network(torch.cat([z, z]), torch.cat([t, t]), torch.cat([r, r]), torch.cat([text, null_text])).chunk(2)
-        return u_0 + scale * (u_c - u_0)
+        empty = u_0(z, t, r)
+        return empty + scale * (u_c(z, t, r) - empty)
     return u
 
 

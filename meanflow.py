@@ -5,8 +5,9 @@
     target = v - (t - r) dF/dt               the MeanFlow identity
     err    = mean (F - target)^2             per sample; at r = t this is flow matching
 
-Pure functions of tensors. `network` is any callable u(z, t, r, text) that returns fp32, whatever it multiplies in; latents
-are (B, F, C, H, W) in fp32, times (B,) float32 in [0, 1] with t >= r.
+Pure functions of tensors. `network` is any callable u(z, t, r, context) that returns fp32, whatever it multiplies in, and
+context is the prompt with all else that it knows (features (B, T, text_dim), or a model.Context), indexable by sample.
+Latents are (B, F, C, H, W) in fp32, times (B,) float32 in [0, 1] with t >= r.
 """
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,30 +39,29 @@ def exact_derivative(u, z_t, t, r, v, epsilon=None):
 DERIVATIVES = {"finite-difference": finite_difference, "jvp": exact_derivative}
 
 
-def meanflow_error(network, x, n, t, r, text, null_text, guidance: float = 3.0, epsilon: float = 0.005,
+def meanflow_error(network, x, n, t, r, context, null_context, dropped, guidance: float = 3.0, epsilon: float = 0.005,
                    derivative: str = "finite-difference", all_ranks_differentiate: bool = False):
     """err (B,) of the forward loss, with gradient through u_c only.
 
-    text, null_text: prompt and empty-prompt features (B, T, text_dim). A row whose prompt was dropped (text equal to
-    null_text) is trained towards the plain velocity, because u_c and u_0 are then the same output.
+    context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose prompt was replaced by the
+    empty one; they are trained towards the plain velocity, because u_c and u_0 are then the same output.
     guidance: w, the classifier-free guidance scale (1 = none, which also saves the u_0 pass).
     all_ranks_differentiate: make the calls of the derivative even if no row here needs them. Under FSDP every rank must
     make the same calls, so this is True when any rank of the micro-batch holds a row with r < t.
     """
     z_t, v, gap = interpolate(x, n, t), n - x, r < t
-    dropped = (text == null_text).flatten(1).all(1)
     w = torch.where(dropped, 1.0, guidance).to(t)                                    # (B,)
-    F = network(z_t, t, r, text)
+    F = network(z_t, t, r, context)
     if guidance != 1:
         with torch.no_grad():
-            u_0 = network(z_t, t, r, null_text)
+            u_0 = network(z_t, t, r, null_context)
         F = (F - expand(1 - w, F) * u_0) / expand(w, F)
 
     # Rows with r = t would multiply the derivative by zero: they are left out of its batch.
     target = v
     if all_ranks_differentiate or gap.any():
         rows = gap.nonzero().squeeze(1) if gap.any() else torch.zeros(1, dtype=torch.long, device=t.device)
-        u = conditioned(network, text[rows])
+        u = conditioned(network, context[rows])
         dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], r[rows], v[rows], epsilon)
         target = v.index_add(0, rows, -expand((t - r)[rows] / w[rows], dF_dt) * dF_dt)
     return (F - target).square().flatten(1).mean(1)

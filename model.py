@@ -102,7 +102,7 @@ def layer_norm(x: torch.Tensor, weight=None, bias=None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A clean chunk as later ones see it: the keys, before rotation, and values of every layer, (B, N, L, K) each."""
+    """A clean chunk as later ones see it: the keys, before rotation, and values of every layer, (B, L, D) each."""
     start: int                    # position in the video of its first frame
     frames: int
     stride: int                   # 1, or 2 for a compressed chunk: patches of frames that a token covers, each way
@@ -136,14 +136,14 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)    # over all heads' channels at once
 
     def memory(self, context):
-        """Keys, not rotated, and values (B, N, L', K) of context (B, L', D)."""
-        return (self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1)).transpose(1, 2),
-                self.v(context).unflatten(-1, (self.heads, -1)).transpose(1, 2))
+        """Keys, not rotated, and values of context, all (B, L', D)."""
+        return self.norm_k(self.k(context)), self.v(context)
 
     def forward(self, x, k, v, rope=None, spans=None):
-        """x (B, L, D) asks, keys and values (B, N, L', K) answer; rope (L', K / 2) turns all keys and, with its end,
-        the queries. spans: which queries may see which keys, as (start, stop, key ranges); none: all see all."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)           # (B, N, L,  K)
+        """x (B, L, D) asks, keys and values (B, L', D) answer; rope (L', K / 2) turns all keys and, with its end, the
+        queries. spans: which queries may see which keys, as (start, stop, key ranges); none: all see all."""
+        q, k, v = (m.unflatten(-1, (self.heads, -1)).transpose(1, 2)                         # (B, N, L or L', K)
+                   for m in (self.norm_q(self.q(x)), k, v))
         if rope is not None:
             q, k = rotate(q, rope[-q.shape[2]:]), rotate(k, rope)
         parts = []
@@ -196,10 +196,10 @@ class Block(nn.Module):
         size = x.shape[1:3]
         h = (layer_norm(x) * (1 + scale1) + shift1).type_as(x).flatten(1, 2)                 # (B, L, D)
         own = self.self_attn.memory(h)
-        k, v = (torch.cat([*before, now], 2) for *before, now in zip(*past, own)) if past else own
+        k, v = (torch.cat([*before, now], 1) for *before, now in zip(*past, own)) if past else own
         x = (x.float() + gate1 * self.self_attn(h, k, v, rope, spans).unflatten(1, size)).type_as(x)
         h = layer_norm(x, self.norm_cross.weight, self.norm_cross.bias).type_as(x).flatten(1, 2)
-        text = text if isinstance(text, tuple) else self.read(text)
+        text = text if isinstance(text, tuple) else self.cross_attn.memory(text)
         x = x + self.cross_attn(h, *text).unflatten(1, size)
         h = (layer_norm(x) * (1 + scale2) + shift2).type_as(x)                               # (B, F, S, D)
         return (x.float() + gate2 * self.ffn(h)).type_as(x), own
@@ -293,10 +293,10 @@ class FlowMapDiT(nn.Module):
         zero = torch.zeros(len(z), 1, device=z.device)
         embed = self.far_patch_embed if compressed else self.patch_embed
         _, layers = self.run(z, embed, self.embed_times(zero, zero), context, encoding=True)
-        tokens, chunks, frame = layers[0][0].shape[2] // z.shape[1], [], 0
+        tokens, chunks, frame = layers[0][0].shape[1] // z.shape[1], [], 0
         for frames in context.chunks or (z.shape[1],):
             rows = slice(frame * tokens, (frame + frames) * tokens)
-            memory = tuple((k[:, :, rows], v[:, :, rows]) for k, v in layers)
+            memory = tuple((k[:, rows], v[:, rows]) for k, v in layers)
             chunks.append(Chunk(context.start + frame, frames, 1 + compressed, memory))
             frame += frames
         return tuple(chunks)
@@ -345,7 +345,7 @@ class FlowMapDiT(nn.Module):
 def attention_spans(context: Context, chunks, tokens: int, sees_earlier_own: bool) -> list:
     """Which keys each chunk of z may see: (first query, last query + 1, [ranges of keys]). Keys are those of the past,
     then z's own, `tokens` a frame; one dense attention a chunk."""
-    past = [(chunk.start + chunk.frames, chunk.memory[0][0].shape[2]) for chunk in context.past]
+    past = [(chunk.start + chunk.frames, chunk.memory[0][0].shape[1]) for chunk in context.past]
     offset, spans, start = sum(length for _, length in past), [], 0
     for frames in chunks:
         stop = start + frames * tokens

@@ -1,45 +1,96 @@
 """Prompts in, clips out, in any number of steps:
 
     python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4
+    python sample.py --causal --prompt "a red circle moving left" --image start.png --frames 32 --stream
 """
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import imageio.v2
 import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import backward_sim
 import checkpoint
 import cli
+import data
 import distributed
 import flowmap
+from model import Context, remember
 
 SAMPLERS = ("euler", "consistency")
 
 
 @torch.no_grad()
+def stream(pipeline: checkpoint.Pipeline, captions: list[str], seeds: list[int], grid: list[float],
+           sampler: str = "euler", guidance: float = 1.0, chunks=None, given: torch.Tensor | None = None, window: int = 0,
+           prompt_at: dict[int, str] | None = None):
+    """Yields clips piece by piece, (B, T of a chunk, 3, H, W) in [-1, 1] on the CPU, one clip for each caption and seed; a
+    bidirectional model yields its one chunk.
+
+    chunks: latent frames of each chunk (default: as trained); more than trained make a longer video. given: latents (B, F,
+    C, H, W) of the first frames, whole chunks of them, which are kept as they are (image- and video-to-video). window:
+    how many past chunks are remembered (0: all). prompt_at: another caption for all clips from chunk m on.
+    guidance: classifier-free guidance, for a teacher; 1 for flow maps, which have theirs built in.
+    Raises ValueError for a caption with unknown words, a grid that does not fall from 1 to 0, or a `given` that does not
+    end where a chunk ends.
+    """
+    net, device = pipeline.network, next(pipeline.network.parameters()).device
+    flowmap.check_grid(grid)
+    if chunks and len(pipeline.chunks) == 1:
+        raise ValueError("this model was trained on whole clips (without --causal): it has one length and one chunk")
+    chunks, given = tuple(chunks or pipeline.chunks), given if given is None else given.to(device)
+    ends, frames = [sum(chunks[: i + 1]) for i in range(len(chunks))], 0 if given is None else given.shape[1]
+    if frames and frames not in ends[:-1]:
+        raise ValueError(f"{frames} given latent frames: must be whole chunks of {list(chunks)}, and not all of them")
+    prompts = {0: captions, **{m: [text] * len(captions) for m, text in (prompt_at or {}).items()}}
+    # Keys and values of each prompt are made once, and again from the chunk on where it changes.
+    texts = {m: pipeline.words(text) for m, text in prompts.items()}
+    null_text = net.read(pipeline.words([""] * len(captions)).to(device)) if guidance != 1 else None
+    z_1 = distributed.noise((sum(chunks), *pipeline.latent_shape[1:]), "sample", slots=seeds).to(device)
+    renoise = distributed.generator("renoise", *seeds)
+
+    def with_prompt(contexts):
+        """The contexts (conditional, empty prompt) of a chunk; at a new prompt, with its keys."""
+        m = ends.index(contexts[0].start) + 1 if contexts[0].start else 0
+        return (replace(contexts[0], text=net.read(texts[m].to(device))), contexts[1]) if m in texts else contexts
+
+    def jump(z, contexts):
+        start = contexts[0].start
+        if start < frames:
+            return given[:, start:start + z.shape[1]]
+        u = flowmap.conditioned(net, contexts[0])
+        if guidance != 1:
+            u = flowmap.guided(u, flowmap.conditioned(net, contexts[1]), guidance)
+        return flowmap.euler_sample(u, z, grid) if sampler == "euler" else flowmap.consistency_sample(u, z, grid, renoise)
+
+    def write(contexts, z_0):
+        return with_prompt(tuple(remember(net, context, z_0, pipeline.config["full_chunks"], window) if context else None
+                                 for context in contexts))
+
+    contexts = with_prompt((Context(None), Context(null_text) if guidance != 1 else None))
+    for z_0 in backward_sim.chunk_by_chunk(jump, write, contexts, z_1, chunks):
+        yield pipeline.codec.decode(z_0.cpu())
+
+
 def generate(pipeline: checkpoint.Pipeline, captions: list[str], seeds: list[int], grid: list[float],
-             sampler: str = "euler", guidance: float = 1.0, batch: int = 120) -> torch.Tensor:
-    """Clips (B, T, 3, H, W) in [-1, 1] on the CPU, one for each caption and seed, by len(grid) - 1 steps.
+             sampler: str = "euler", guidance: float = 1.0, batch: int = 120, **options) -> torch.Tensor:
+    """Whole clips (B, T, 3, H, W) in [-1, 1] on the CPU, `batch` at a time; arguments and errors as for `stream`.
 
     A seed decides its clip whatever else is in the batch (with the euler sampler; the consistency sampler's fresh noise
-    also depends on the place in the list). guidance: classifier-free guidance, for a teacher; 1 for flow maps, which
-    have theirs built in. Raises ValueError for a caption with unknown words or a grid that does not fall from 1 to 0.
+    also depends on the other seeds).
     """
-    device = next(pipeline.network.parameters()).device
-    text, null_text = pipeline.words(captions).to(device), pipeline.words([""] * len(captions)).to(device)
-    noise = distributed.noise(pipeline.latent_shape, "sample", slots=seeds).to(device)
     clips = []
     for first in range(0, len(captions), batch):
         rows = slice(first, first + batch)
-        u = flowmap.guided(pipeline.network, text[rows], null_text[rows], guidance)
-        if sampler == "euler":
-            z_0 = flowmap.euler_sample(u, noise[rows], grid)
-        else:
-            z_0 = flowmap.consistency_sample(u, noise[rows], grid, distributed.generator("renoise", seeds[first], first))
-        clips.append(pipeline.codec.decode(z_0.cpu()))
+        given = options.get("given")
+        some = options | {"given": None if given is None else given[rows]}
+        clips.append(torch.cat(list(stream(pipeline, captions[rows], seeds[rows], grid, sampler, guidance, **some)), 1))
     return torch.cat(clips)
 
 
@@ -70,6 +121,37 @@ def write_clip(path: Path, video: torch.Tensor, fps: int = 8) -> None:
         raise ValueError(f"{path}: the name must end in .mp4, .gif or .png")
 
 
+def chunks_for(pipeline: checkpoint.Pipeline, frames: int) -> tuple[int, ...]:
+    """Chunks, as trained and then on with the longest, for at least so many pixel frames."""
+    chunks, each = list(pipeline.chunks), pipeline.codec.patch[0]
+    while sum(chunks) * each < frames:
+        chunks.append(max(chunks))
+    while len(chunks) > 1 and sum(chunks[:-1]) * each >= frames:
+        chunks.pop()
+    return tuple(chunks)
+
+
+def given_latents(pipeline: checkpoint.Pipeline, path: Path, is_image: bool, chunks) -> torch.Tensor:
+    """Latents (1, F, C, H, W) of the chunks that an image or the start of a video fills; at least one chunk is left.
+
+    An image fills a first chunk of one latent frame. Raises ValueError for what cannot be read or is too short.
+    """
+    size, each = pipeline.config["size"], pipeline.codec.patch[0]
+    try:
+        frames = [iio.imread(path)] * each if is_image else list(iio.imiter(path))
+    except (OSError, RuntimeError, ValueError, SyntaxError, IndexError) as error:     # what decoders raise
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0] if str(error) else 'no reason given'})") from None
+    ends = [sum(chunks[: i + 1]) for i in range(len(chunks) - 1)]
+    whole = max((end for end in ends if end * each <= len(frames)), default=0)
+    if not whole:
+        raise ValueError(f"{path}: {len(frames)} frames; the first chunk takes {chunks[0] * each}, and one more must be left "
+                         f"to generate")
+    if whole * each < len(frames) and not is_image:
+        print(f"{path}: {whole * each} of its {len(frames)} frames are used, {ends.index(whole) + 1} whole chunks")
+    video = torch.stack([data.fit_frame(frame, size) for frame in frames[: whole * each]])
+    return pipeline.codec.encode(video[None].float() / 127.5 - 1)
+
+
 def newest_stage(run: Path) -> Path:
     """The furthest finished stage of a run."""
     for name in ("distill", "flowmap", "pretrain"):
@@ -83,7 +165,8 @@ def main(argv=None) -> None:
                         'python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4')
     parser.add_argument("--prompt", action="append", default=[], help="what to show; may be given several times")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/toy-shapes"), help="the run (default runs/toy-shapes)")
+    parser.add_argument("--run-dir", type=Path, help="the run (default runs/toy-shapes, or runs/toy-shapes-causal)")
+    parser.add_argument("--causal", action="store_true", help="use the causal run runs/toy-shapes-causal")
     parser.add_argument("--stage", type=cli.choice(("pretrain", "flowmap", "distill")), metavar="NAME",
                         help="pretrain, flowmap or distill (default: the furthest that is finished)")
     parser.add_argument("--steps", type=int, default=4, help="network calls, any number from 1 up (default 4)")
@@ -95,6 +178,14 @@ def main(argv=None) -> None:
                         help="euler follows the flow map; consistency re-noises at each step (default euler)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none (default: 1 for a flow map, which has "
                         "it built in; for a teacher the scale that the flow map would be trained with)")
+    parser.add_argument("--frames", type=int, help="causal: pixel frames, rounded up to whole chunks (default: as trained)")
+    parser.add_argument("--image", type=Path, help="causal: the clip starts from this picture (image-to-video)")
+    parser.add_argument("--video", type=Path, help="causal: the clip goes on from this one's whole chunks (video-to-video)")
+    parser.add_argument("--prompt-at", nargs=2, action="append", default=[], metavar=("M", "PROMPT"),
+                        help="causal: another prompt from chunk M on, counted from 0; may be given several times")
+    parser.add_argument("--window", type=int, default=0, help="causal: past chunks that are remembered (default 0: all)")
+    parser.add_argument("--stream", action="store_true", help="write each chunk as soon as it is ready; prints the time to "
+                        "the first chunk and the frames a second")
     parser.add_argument("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
                         help="auto, cpu or cuda (default auto)")
     parser.add_argument("--out", type=Path, default=Path("clip.mp4"),
@@ -109,24 +200,41 @@ def main(argv=None) -> None:
         captions += [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
     if not captions:
         parser.error('no prompt: give --prompt "..." or --prompts FILE')
-    for name in ("steps", "count"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name, least in (("steps", 1), ("count", 1), ("frames", 1), ("window", 0)):
+        if (getattr(args, name) if getattr(args, name) is not None else least) < least:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if args.image and args.video:
+        parser.error("--image and --video: give one of them")
+    for chunk, _ in args.prompt_at:
+        if not chunk.isdigit():
+            parser.error(f"--prompt-at {chunk}: the chunk must be a number from 0 up")
     for name, path in (("out", args.out), ("sheet", args.sheet)):
         if path and path.suffix not in ((".mp4", ".gif", ".png") if name == "out" else (".png",)):
             parser.error(f"--{name} {path}: the name must end in {'.mp4, .gif or .png' if name == 'out' else '.png'}")
 
-    stage = args.run_dir / args.stage if args.stage else newest_stage(args.run_dir)
+    run_dir = args.run_dir or Path("runs/toy-shapes-causal" if args.causal else "runs/toy-shapes")
+    stage = run_dir / args.stage if args.stage else newest_stage(run_dir)
     world = distributed.start(args.device)
     try:
         pipeline = checkpoint.load_pipeline(stage, world.device)
         shift = args.shift or pipeline.config["shift"]
         grid = [float(t) for t in args.grid.split(",")] if args.grid else flowmap.time_grid(args.steps, shift)
-        flowmap.check_grid(grid)
         guidance = args.guidance or (1.0 if pipeline.network.config.second_time else pipeline.config["guidance"])
         captions = [caption for caption in captions for _ in range(args.count)]
         seeds = list(range(args.seed, args.seed + len(captions)))
-        clips = generate(pipeline, captions, seeds, grid, args.sampler, guidance)
+        options = {"window": args.window, "prompt_at": {int(chunk): prompt for chunk, prompt in args.prompt_at}}
+        start = args.image or args.video
+        if args.frames or start:
+            options["chunks"] = chunks_for(pipeline, args.frames) if args.frames else pipeline.chunks
+        if start:
+            given = given_latents(pipeline, start, bool(args.image), options["chunks"])
+            options["given"] = given.expand(len(captions), *given.shape[1:])
+        if args.stream:
+            if len(captions) > 1:
+                parser.error("--stream takes one prompt and one clip")
+            stream_to(args.out, stream(pipeline, captions, seeds, grid, args.sampler, guidance, **options))
+            return
+        clips = generate(pipeline, captions, seeds, grid, args.sampler, guidance, **options)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 
@@ -138,6 +246,23 @@ def main(argv=None) -> None:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
         iio.imwrite(args.sheet, to_pixels(contact_sheet(clips), clips.shape[-2] * 4))
         print(args.sheet)
+
+
+def stream_to(path: Path, pieces, fps: int = 8) -> None:
+    """Write chunks (1, T, 3, H, W) into one .mp4 or .gif as they come, and print how fast they came."""
+    if path.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"{path}: a stream is written to .mp4 or .gif")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"fps": fps, "macro_block_size": 2} if path.suffix == ".mp4" else {"duration": 1000 / fps, "loop": 0}
+    started, first, frames = time.time(), None, 0
+    with imageio.v2.get_writer(path, **options) as writer:
+        for piece in pieces:
+            for frame in to_pixels(piece[0]):
+                writer.append_data(frame)
+            first, frames = first or time.time() - started, frames + piece.shape[1]
+            print(f"\r{path}: {frames} frames", end="", flush=True)
+    seconds = time.time() - started
+    print(f"; first chunk after {first:.2f} s, {frames / seconds:.1f} frames a second")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
     python train.py --stage distill       the flow map learns on its own samples (DMD)
     torchrun --nproc_per_node=8 train.py --stage distill
 
+With --causal the clip is made of chunks of frames, one after the other. A bidirectional clip is one chunk.
+
 Read from top to bottom: config, recipes, losses, then the loop. Everything random is a pure function of (seed, step,
 sample), so a killed run resumes bit for bit and a global batch is the same however it is split.
 """
@@ -31,7 +33,7 @@ import encoders
 import flowmap
 import meanflow
 from cli import flag
-from model import PRESETS, FlowMapDiT, as_flow_map
+from model import PRESETS, Context, FlowMapDiT, as_causal, as_flow_map, remember, teacher_forced
 
 STAGES = ("pretrain", "flowmap", "distill")
 
@@ -41,9 +43,14 @@ class Config:
     stage: str = flag("pretrain", "which stage to train", choices=STAGES)
     preset: str = flag("toy", "size of the network and its recipe", choices=("tiny", "toy"))
     data: str = flag("shapes", "toy set 'shapes' or 'digits', or a folder of mp4/gif clips with captions")
-    run_dir: str = flag("", "folder of the run; stages are folders in it (default runs/PRESET-DATA)")
+    run_dir: str = flag("", "folder of the run; stages are folders in it (default runs/PRESET-DATA, or "
+                        "runs/PRESET-DATA-causal)")
     frames: int = flag(8, "frames of a clip")
     size: int = flag(16, "height and width of a clip in pixels")
+    causal: bool = flag(False, "generate chunk by chunk, each chunk seeing the clean ones before it")
+    chunks: str = flag("1,1,1,1", "causal: latent frames of each chunk; the toy codec makes one of two pixel frames")
+    full_chunks: int = flag(3, "causal: how many chunks are full, the newest included; older ones are compressed. 0: all")
+    init: str = flag("", "pretrain: folder of a finished stage to start from, such as runs/toy-shapes/pretrain")
     seed: int = flag(0, "seed of weights, data order, noise and times")
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
     bf16: bool = flag(False, "multiply in bf16 with fp32 master weights; for GPUs (CPUs are slower with it)")
@@ -99,7 +106,7 @@ RECIPES = {
     },
 }
 # A later stage takes these over from the stage before it, unless a flag says otherwise.
-INHERITED = ("preset", "data", "frames", "size", "shift")
+INHERITED = ("preset", "data", "frames", "size", "shift", "causal", "chunks", "full_chunks")
 # These may change when a run is resumed.
 CHANGEABLE = ("steps", "micro_batch", "device", "fresh", "save_every", "log_every", "max_skips")
 
@@ -117,13 +124,15 @@ def parse_config(argv=None) -> Config:
     stage = given.get("stage", Config.stage)
     before = previous_stage(stage)
     run = Path(given.get("run_dir") or f"runs/{given.get('preset', Config.preset)}-"
-                                   f"{Path(given.get('data', Config.data)).name}")
+                                   f"{Path(given.get('data', Config.data)).name}{'-causal' * given.get('causal', False)}")
     inherited = {}
     if before and (run / before / "config.json").exists():
         record = json.loads((run / before / "config.json").read_text())["config"]
         inherited = {name: record[name] for name in INHERITED}
     values = inherited | given | {"run_dir": str(run)}
-    c = Config(**RECIPES[values.get("preset", Config.preset)][stage] | values)
+    preset = values.get("preset", Config.preset)
+    recipe = RECIPES[preset][stage] | RECIPES.get(f"{preset}-causal" if values.get("causal") else "", {}).get(stage, {})
+    c = Config(**recipe | values)
     for name in ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips"):
         if getattr(c, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
@@ -135,10 +144,15 @@ def parse_config(argv=None) -> Config:
             parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must lie in [0, 1]")
     if c.flow_fraction + c.consistency_fraction > 1:
         parser.error("--flow-fraction and --consistency-fraction: together at most 1")
-    try:
-        cli.positive_ints(c.budgets)
-    except cli.argparse.ArgumentTypeError as error:
-        parser.error(f"--budgets {error}")
+    for name in ("budgets", "chunks"):
+        try:
+            cli.positive_ints(getattr(c, name))
+        except cli.argparse.ArgumentTypeError as error:
+            parser.error(f"--{name} {error}")
+    if c.full_chunks < 0:
+        parser.error(f"--full-chunks {c.full_chunks}: must be at least 0")
+    if c.init and stage != "pretrain":
+        parser.error(f"--init is for stage pretrain; stage {stage} starts from stage {before}")
     return c
 
 
@@ -154,12 +168,15 @@ def learning_rate(c: Config, step: int, peak: float) -> float:
 
 @dataclass
 class Batch:
-    """A micro-batch: latents x and noise n (B, F, C, H, W), prompts and empty prompts (B, T, text_dim)."""
-    x: torch.Tensor
-    n: torch.Tensor
-    text: torch.Tensor
-    null_text: torch.Tensor
+    """A micro-batch. Its clips are cut to `chunks`, of which the frames from `start` on are trained; a bidirectional clip
+    is one chunk, trained whole."""
+    x: torch.Tensor                  # latents (B, sum(chunks), C, H, W)
+    n: torch.Tensor                  # noise (B, frames that are trained, C, H, W)
+    text: torch.Tensor               # prompts (B, T, text_dim)
+    null_text: torch.Tensor          # empty prompts
     slots: torch.Tensor              # (B,) places in the global batch
+    chunks: tuple
+    start: int
 
 
 class Sums:
@@ -210,7 +227,8 @@ def train(c: Config) -> Path:
         dataset = data.open_data(c.data, c.frames, c.size)
         if world.is_main and not (stage / "codec.safetensors").exists():
             stage.mkdir(parents=True, exist_ok=True)
-            codec = (encoders.PatchPCA.from_state(load_file(run / before / "codec.safetensors")) if before else
+            source = run / before if before else Path(c.init) if c.init else None
+            codec = (encoders.PatchPCA.from_state(load_file(source / "codec.safetensors")) if source else
                      encoders.PatchPCA.fit(dataset.clips(range(1024), seed=c.seed)[0], PRESETS[c.preset].channels))
             save_file(codec.state(), stage / "codec.safetensors.partial")
             (stage / "codec.safetensors.partial").rename(stage / "codec.safetensors")
@@ -221,21 +239,41 @@ def train(c: Config) -> Path:
     words = encoders.Words.of(dataset.captions, PRESETS[c.preset].text_dim)
     latent_shape = tuple(codec.encode(dataset.clips([0], seed=c.seed)[0]).shape[1:])
 
+    all_chunks = tuple(cli.positive_ints(c.chunks)) if c.causal else latent_shape[:1]
+    if sum(all_chunks) != latent_shape[0]:
+        raise SystemExit(f"--chunks {c.chunks}: add up to {sum(all_chunks)}, but clips have {latent_shape[0]} latent frames")
+    full_chunks = c.full_chunks or len(all_chunks)
+
     def draw(step: int, slots: torch.Tensor) -> Batch:
-        """The samples of an update that sit at `slots`; each depends on (seed, step, slot) only."""
+        """The samples of an update that sit at `slots`; each depends on (seed, step, slot) only.
+
+        Half of the updates take a clip's first full chunks, half a random number of chunks from there up, the same on
+        every rank; all but the last `full_chunks` are compressed context (METHOD section 7).
+        """
+        coin, count = torch.rand(2, generator=distributed.generator(c.seed, step, "chunks")).tolist()
+        extra = len(all_chunks) - full_chunks
+        chunks = all_chunks[:full_chunks + (int(count * (extra + 1)) if extra > 0 and coin < 0.5 else 0)]
+        start, stop = sum(chunks[:-full_chunks]), sum(chunks)
         video, captions = dataset.clips((step * c.batch_size + slots).tolist(), seed=c.seed)
         n = distributed.noise(latent_shape, c.seed, step, "noise", slots=slots)
-        tensors = codec.encode(video), n, words(captions), words([""] * len(slots))
-        return Batch(*(tensor.to(world.device) for tensor in tensors), slots)
+        tensors = codec.encode(video)[:, :stop], n[:, start:stop], words(captions), words([""] * len(slots))
+        return Batch(*(tensor.to(world.device) for tensor in tensors), slots, chunks, start)
 
-    def drop_text(step: int, batch: Batch) -> torch.Tensor:
-        """The prompts (B, T, text_dim), a fraction text_drop of them replaced by the empty one; a new tensor."""
+    def context(net, batch: Batch, text, z_0=None) -> Context:
+        """The prompt and the clean chunks that each trained chunk may see: the data's, or the samples z_0."""
+        x = batch.x if z_0 is None else torch.cat([batch.x[:, :batch.start], z_0.detach()], 1)
+        return teacher_forced(net, x, text, batch.chunks, c.full_chunks)
+
+    def drop_text(step: int, batch: Batch):
+        """Which prompts are dropped (B,), a fraction text_drop, and the prompts with the empty one in their place."""
         coin = torch.rand(c.batch_size, generator=distributed.generator(c.seed, step, "drop"))[batch.slots]
-        return torch.where((coin < c.text_drop).to(world.device)[:, None, None], batch.null_text, batch.text)
+        dropped = (coin < c.text_drop).to(world.device)
+        return dropped, torch.where(dropped[:, None, None], batch.null_text, batch.text)
 
     # --- networks: each stage starts from the one before
-    plain = dataclasses.replace(PRESETS[c.preset], second_time=False)
-    config = plain if c.stage == "pretrain" else PRESETS[c.preset]
+    config = dataclasses.replace(PRESETS[c.preset], compressed=c.causal and c.full_chunks > 0)
+    plain = dataclasses.replace(config, second_time=False)
+    config = plain if c.stage == "pretrain" else config
 
     def network(config, state, source) -> torch.nn.Module:
         net = distributed.shard(FlowMapDiT(config).to(world.device), world, c.bf16)
@@ -243,7 +281,10 @@ def train(c: Config) -> Path:
         return net
 
     teacher = None
-    if c.stage == "pretrain":
+    if c.stage == "pretrain" and c.init:
+        source, state = c.init, checkpoint.load_model(c.init)[1]
+        state = as_causal(state) if plain.compressed and "far_patch_embed.weight" not in state else state
+    elif c.stage == "pretrain":
         source, state = "fresh weights", FlowMapDiT(plain).init_weights(distributed.generator(c.seed, "init")).state_dict()
     else:
         source, state = run / before, checkpoint.load_model(run / before)[1]
@@ -269,7 +310,8 @@ def train(c: Config) -> Path:
         return stage
     if world.is_main:
         record = {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
-                  "vocabulary": words.vocabulary, "text_length": words.length, "latent_shape": latent_shape}
+                  "vocabulary": words.vocabulary, "text_length": words.length, "latent_shape": latent_shape,
+                  "chunks": all_chunks}
         checkpoint.write_text(stage / "config.json", json.dumps(record, indent=1))
         log_path = stage / "log.jsonl"
         rows = log_path.read_text().splitlines() if log_path.exists() else []
@@ -289,8 +331,8 @@ def train(c: Config) -> Path:
 
     def pretrain_loss(step: int, batch: Batch, last: bool) -> None:
         t = flowmap.logit_normal_time(distributed.generator(c.seed, step, "time"), c.batch_size, c.shift)
-        u = flowmap.conditioned(student_net, drop_text(step, batch))
-        err = flowmap.flow_matching_error(u, batch.x, batch.n, t[batch.slots].to(world.device))
+        u = flowmap.conditioned(student_net, context(student_net, batch, drop_text(step, batch)[1]))
+        err = flowmap.flow_matching_error(u, batch.x[:, batch.start:], batch.n, t[batch.slots].to(world.device))
         log.add("loss", err)
         backward(err, student_net, last)
 
@@ -301,7 +343,11 @@ def train(c: Config) -> Path:
         t_all, r_all = flowmap.flow_map_times(generator, c.batch_size, c.shift, c.flow_fraction, c.consistency_fraction)
         micro = slice(int(batch.slots[0]) - world.rank, int(batch.slots[0]) - world.rank + per_step)
         t, r = t_all[batch.slots].to(world.device), r_all[batch.slots].to(world.device)
-        err = meanflow.meanflow_error(student_net, batch.x, batch.n, t, r, drop_text(step, batch), batch.null_text,
+        dropped, text = drop_text(step, batch)
+        with torch.no_grad():
+            null_context = context(student_net, batch, batch.null_text) if c.guidance != 1 else None
+        err = meanflow.meanflow_error(student_net, batch.x[:, batch.start:], batch.n, t, r,
+                                      context(student_net, batch, text), null_context, dropped,
                                       c.guidance, c.epsilon, c.derivative,
                                       all_ranks_differentiate=bool((r_all[micro] < t_all[micro]).any()))
         flow, detached = r == t, err.detach()
@@ -324,20 +370,32 @@ def train(c: Config) -> Path:
         steps = budgets[int(torch.randint(len(budgets), (1,), generator=generator))]
         k = int(torch.randint(steps, (1,), generator=generator))
         grid = flowmap.time_grid(steps, c.shift)
-        z_1 = distributed.noise(latent_shape, c.seed, step, "rollout", slots=batch.slots).to(world.device)
-        u = flowmap.conditioned(student_net, batch.text)
-        if c.rollout == "flow-map":
-            return backward_sim.flow_map_simulation(u, z_1, grid, k)
+        z_1 = distributed.noise(batch.n.shape[1:], c.seed, step, "rollout", slots=batch.slots).to(world.device)
         renoise = distributed.generator(c.seed, step, "renoise", int(batch.slots[0]))
-        return backward_sim.consistency_simulation(u, z_1, grid, renoise)
+
+        def jump(z, context):
+            u = flowmap.conditioned(student_net, context)
+            if c.rollout == "flow-map":
+                return backward_sim.flow_map_simulation(u, z, grid, k)
+            return backward_sim.consistency_simulation(u, z, grid, renoise)
+
+        with torch.no_grad():                             # the compressed context is the data's
+            new = batch.chunks[-full_chunks:]
+            start = Context(batch.text, chunks=batch.chunks[:-full_chunks])
+            past = student_net.encode(batch.x[:, :batch.start], start, compressed=True) if batch.start else ()
+        chunks = backward_sim.chunk_by_chunk(jump, lambda context, z_0: remember(student_net, context, z_0, full_chunks=0),
+                                             Context(batch.text, past, batch.start), z_1, new)
+        return torch.cat(list(chunks), 1)
 
     def dmd_student_loss(step: int, batch: Batch, last: bool) -> torch.Tensor:
         z_0 = rollout(step, batch)
         tau = torch.rand(c.batch_size, generator=distributed.generator(c.seed, step, "tau"))[batch.slots]
-        n = distributed.noise(latent_shape, c.seed, step, "dmd", slots=batch.slots).to(world.device)
-        gradient = dmd.dmd_gradient(z_0, n, flowmap.shift_time(tau, c.shift).to(world.device),
-                                    real=flowmap.guided(teacher, batch.text, batch.null_text, c.real_guidance),
-                                    fake=flowmap.conditioned(fake_net, batch.text))
+        n = distributed.noise(z_0.shape[1:], c.seed, step, "dmd", slots=batch.slots).to(world.device)
+        with torch.no_grad():
+            u_c, u_0, fake = (flowmap.conditioned(net, context(net, batch, text, z_0)) for net, text in
+                              ((teacher, batch.text), (teacher, batch.null_text), (fake_net, batch.text)))
+            gradient = dmd.dmd_gradient(z_0, n, flowmap.shift_time(tau, c.shift).to(world.device),
+                                        real=flowmap.guided(u_c, u_0, c.real_guidance), fake=fake)
         loss = dmd.dmd_loss(z_0, gradient)
         log.add("dmd", loss)
         log.add("dmd_gradient", gradient.flatten(1).norm(dim=1))
@@ -349,8 +407,9 @@ def train(c: Config) -> Path:
             with torch.no_grad():
                 z_0 = rollout(-1 - step, batch)                   # another key: fresh noise, N and k
         tau = flowmap.logit_normal_time(distributed.generator(c.seed, step, "fake"), c.batch_size, c.shift)
-        n = distributed.noise(latent_shape, c.seed, step, "fake", slots=batch.slots).to(world.device)
-        err = dmd.fake_score_error(flowmap.conditioned(fake_net, batch.text), z_0, n, tau[batch.slots].to(world.device))
+        n = distributed.noise(z_0.shape[1:], c.seed, step, "fake", slots=batch.slots).to(world.device)
+        u = flowmap.conditioned(fake_net, context(fake_net, batch, batch.text, z_0))
+        err = dmd.fake_score_error(u, z_0, n, tau[batch.slots].to(world.device))
         log.add("fake", err)
         backward(err, fake_net, last)
 

@@ -42,7 +42,7 @@ def test_clean_never_sees_noisy_and_no_chunk_sees_a_later_one(full_chunks):
 
     def outputs(z, clean):
         context = teacher_forced(net, clean, text, chunks, full_chunks)
-        keys = torch.cat([k for chunk in context.past for layer in chunk.memory for k in layer], 2)
+        keys = torch.cat([k for chunk in context.past for layer in chunk.memory for k in layer], 1)
         return net(z[:, context.start:], t, r, context), keys, context.start
     u, keys, first = outputs(z, clean)
     starts = [sum(chunks[:i]) for i in range(5)]

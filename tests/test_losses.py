@@ -12,7 +12,7 @@ from distributed import generator
 from model import PRESETS, FlowMapDiT
 
 DATA = Gaussian(mean=0.7, std=0.4)
-TEXT = torch.ones(32, 1, 1)
+TEXT, KEPT = torch.ones(32, 1, 1), torch.zeros(32, dtype=torch.bool)
 
 
 def points(count=32, width=6):
@@ -35,7 +35,7 @@ def small_network():
 def test_exact_average_velocity_is_a_fixed_point_and_the_error_shrinks_as_epsilon_squared():
     z_t, t, r = points()
     x, n = on_path(DATA, z_t, t)
-    errors = [meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, guidance=1.0, epsilon=e).sqrt().max().item()
+    errors = [meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, KEPT, guidance=1.0, epsilon=e).sqrt().max().item()
               for e in (0.04, 0.02, 0.01)]
     assert errors[-1] < 1e-3
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
@@ -44,7 +44,7 @@ def test_exact_average_velocity_is_a_fixed_point_and_the_error_shrinks_as_epsilo
 def test_exact_derivative_makes_the_fixed_point_exact():
     z_t, t, r = points()
     x, n = on_path(DATA, z_t, t)
-    err = meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, guidance=1.0, derivative="jvp")
+    err = meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, KEPT, guidance=1.0, derivative="jvp")
     assert err.max() < 1e-20
 
 
@@ -70,14 +70,14 @@ def test_guidance_fusion_and_target_are_the_papers_formula():
     F = (network(z_t, t, r, text) - (1 - w) * network(z_t, t, r, null)) / w
     dF_dt = (network(z_t + e * v, t + e, r, text) - network(z_t - e * v, t - e, r, text)) / (2 * e * w)
     expected = (F - (v - (t - r)[:, None] * dF_dt)).square().mean(1)
-    torch.testing.assert_close(meanflow.meanflow_error(network, x, n, t, r, text, null, w, e), expected)
+    torch.testing.assert_close(meanflow.meanflow_error(network, x, n, t, r, text, null, KEPT[:8], w, e), expected)
 
 
 def test_a_dropped_prompt_is_trained_towards_the_plain_velocity():
     z_t, t, r = points()
     x, n = on_path(DATA, z_t, t)
-    guided = meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, guidance=3.0)
-    torch.testing.assert_close(guided, meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, guidance=1.0))
+    guided = meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, ~KEPT, guidance=3.0)
+    torch.testing.assert_close(guided, meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, KEPT, guidance=1.0))
 
 
 def test_derivative_is_never_computed_for_flow_matching_rows():
@@ -87,19 +87,19 @@ def test_derivative_is_never_computed_for_flow_matching_rows():
         return z
     z, t, r = points(8)
     r[:5] = t[:5]
-    meanflow.meanflow_error(network, z, z, t, r, torch.ones(8, 1, 1), torch.zeros(8, 1, 1))
+    meanflow.meanflow_error(network, z, z, t, r, torch.ones(8, 1, 1), torch.zeros(8, 1, 1), KEPT[:8])
     assert sizes == [8, 8, 3, 3]                         # u_c, u_0, and the two points of the rows with r < t
     sizes.clear()
-    meanflow.meanflow_error(network, z, z, t, t, torch.ones(8, 1, 1), torch.zeros(8, 1, 1), guidance=1.0)
+    meanflow.meanflow_error(network, z, z, t, t, torch.ones(8, 1, 1), torch.zeros(8, 1, 1), KEPT[:8], guidance=1.0)
     assert sizes == [8]
     # Under FSDP another rank may differentiate: the calls are made, and change nothing.
-    err = meanflow.meanflow_error(DATA.u, z, z, t, t, TEXT[:8], TEXT[:8], guidance=1.0)
-    same = meanflow.meanflow_error(DATA.u, z, z, t, t, TEXT[:8], TEXT[:8], guidance=1.0, all_ranks_differentiate=True)
+    err = meanflow.meanflow_error(DATA.u, z, z, t, t, TEXT[:8], TEXT[:8], KEPT[:8], guidance=1.0)
+    same = meanflow.meanflow_error(DATA.u, z, z, t, t, TEXT[:8], TEXT[:8], KEPT[:8], guidance=1.0, all_ranks_differentiate=True)
     torch.testing.assert_close(err, same, rtol=0, atol=0)
 
 
 def test_finite_difference_agrees_with_jvp_on_the_network():
-    """Relative error below 1e-3 in fp32, and e = 0.005 lies in the flat region: 0.0025 and 0.01 agree with it too."""
+    """Relative error below 1e-3 in fp32, and e = 0.005 lies in the flat region: 0.0025 agrees with it too."""
     net, g = small_network(), generator("jvp")
     z, v = torch.randn(2, 16, 2, 48, 2, 2, generator=g)
     t = 0.1 + 0.8 * torch.rand(16, generator=g)

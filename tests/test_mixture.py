@@ -55,7 +55,7 @@ def test_a_trained_flow_map_jumps_in_one_step_where_its_teacher_cannot():
 
     def forward_flow_map(x, n, g):
         t, r = flowmap.flow_map_times(g, len(x), SHIFT)
-        err = meanflow.meanflow_error(net, x, n, t, r, no_text, no_text, guidance=1.0)
+        err = meanflow.meanflow_error(net, x, n, t, r, no_text, None, torch.zeros(len(x), dtype=torch.bool), guidance=1.0)
         mu = err.detach()[r == t].mean()
         return meanflow.balanced_loss(err, t, r, flowmap.time_weight(t, "beta", SHIFT), mu)
 

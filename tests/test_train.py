@@ -41,6 +41,17 @@ def finished(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module", params=["bidirectional", "causal"])
+def either(request, tmp_path_factory):
+    """The same, of both kinds: (run, flags that make such a run)."""
+    if request.param == "bidirectional":
+        return request.getfixturevalue("finished"), []
+    run, flags = tmp_path_factory.mktemp("runs") / "causal", ["--causal", "--full-chunks", "2"]
+    for stage in STAGES:
+        run_stage(run, stage, *flags)
+    return run, flags
+
+
 def same_files(a: Path, b: Path):
     a, b = load_file(a), load_file(b)
     assert a.keys() == b.keys()
@@ -60,22 +71,24 @@ def log_rows(stage: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_same_seed_same_bits_and_another_seed_other_bits(finished, tmp_path, stage):
+def test_same_seed_same_bits_and_another_seed_other_bits(either, tmp_path, stage):
+    finished, flags = either
     link_stages(finished, tmp_path / "again", stage)
-    run_stage(tmp_path / "again", stage)
+    run_stage(tmp_path / "again", stage, *flags)
     newest = checkpoint.checkpoints(finished / stage)[-1].name
     same_files(finished / stage / "checkpoints" / newest / "state.safetensors",
                tmp_path / "again" / stage / "checkpoints" / newest / "state.safetensors")
     assert log_rows(finished / stage) == log_rows(tmp_path / "again" / stage)
     link_stages(finished, tmp_path / "other", stage)
-    other = load_file(run_stage(tmp_path / "other", stage, "--seed", "1") / "model.safetensors")
+    other = load_file(run_stage(tmp_path / "other", stage, "--seed", "1", *flags) / "model.safetensors")
     mine = load_file(finished / stage / "model.safetensors")
     assert not torch.equal(other["time_proj.weight"], mine["time_proj.weight"])
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, stage, monkeypatch):
+def test_interrupted_and_resumed_equals_uninterrupted(either, tmp_path, stage, monkeypatch):
     """Killed between two checkpoints: the updates since the last one are lost and made again, to the bit."""
+    finished, flags = either
     link_stages(finished, tmp_path / "run", stage)
     every = train.RECIPES["tiny"][stage]["save_every"]
     update, count = train.checkpoint.Trainable.update_ema, [0]
@@ -91,10 +104,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, stage,
     with monkeypatch.context() as patch:
         patch.setattr(train.checkpoint.Trainable, "update_ema", kill)
         with pytest.raises(Killed):
-            run_stage(tmp_path / "run", stage)
+            run_stage(tmp_path / "run", stage, *flags)
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run" / stage)] == [f"{every:08d}"]
     assert not (tmp_path / "run" / stage / "model.safetensors").exists()
-    run_stage(tmp_path / "run", stage)
+    run_stage(tmp_path / "run", stage, *flags)
     newest = checkpoint.checkpoints(finished / stage)[-1].name
     for file in ("model.safetensors", f"checkpoints/{newest}/state.safetensors"):
         same_files(finished / stage / file, tmp_path / "run" / stage / file)
@@ -102,28 +115,30 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, stage,
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_accumulation_reproduces_the_whole_batch(finished, tmp_path, stage):
+def test_accumulation_reproduces_the_whole_batch(either, tmp_path, stage):
+    finished, flags = either
     link_stages(finished, tmp_path / "run", stage)
-    run_stage(tmp_path / "run", stage, "--micro-batch", "2", "--log-every", "1", "--steps", "4")
+    run_stage(tmp_path / "run", stage, "--micro-batch", "2", "--log-every", "1", "--steps", "4", *flags)
     link_stages(finished, tmp_path / "whole", stage)
-    run_stage(tmp_path / "whole", stage, "--log-every", "1", "--steps", "4")
+    run_stage(tmp_path / "whole", stage, "--log-every", "1", "--steps", "4", *flags)
     split, whole = log_rows(tmp_path / "run" / stage), log_rows(tmp_path / "whole" / stage)
     for a, b in zip(split, whole, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
-def test_two_processes_equal_one(finished, tmp_path):
+def test_two_processes_equal_one(either, tmp_path):
     """FSDP2 over gloo: the same losses for the same global batch, in every stage, and weights that any run can read."""
+    _, flags = either
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for stage in STAGES:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-                   "--preset", "tiny", "--stage", stage, "--run-dir", str(tmp_path / "run"), "--log-every", "1"]
+                   "--preset", "tiny", "--stage", stage, "--run-dir", str(tmp_path / "run"), "--log-every", "1", *flags]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         # The same start, one process.
         link = tmp_path / f"one-{stage}"
         link_stages(tmp_path / "run", link, stage)
-        run_stage(link, stage, "--log-every", "1")
+        run_stage(link, stage, "--log-every", "1", *flags)
         for a, b in zip(log_rows(tmp_path / "run" / stage), log_rows(link / stage), strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
     clips = sample.generate(checkpoint.load_pipeline(tmp_path / "run" / "distill"), ["a red circle moving left"], [0],

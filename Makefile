@@ -1,9 +1,10 @@
-# make demo: train the three stages on the toy set, sample, evaluate.   make test: the whole test suite.
+# make demo: train the three stages on the toy set, sample, evaluate.   make demo-causal: the same chunk by chunk, from the
+# teacher that make demo trained.   make test: the whole test suite.
 PYTHON ?= python3
 RUN ?= runs/toy-shapes
 BIN = .venv/bin
 
-.PHONY: demo test
+.PHONY: demo demo-causal test
 
 demo: .venv/ready
 	$(BIN)/python train.py --stage pretrain --run-dir $(RUN)
@@ -12,6 +13,14 @@ demo: .venv/ready
 	$(BIN)/python sample.py --run-dir $(RUN) --prompts assets/prompts.txt --steps 4 --out $(RUN)/clips/clip.mp4 --sheet $(RUN)/clips/sheet.png
 	$(BIN)/python eval.py --run-dir $(RUN)
 	@echo "clips: $(RUN)/clips    figure: $(RUN)/eval/curve.png    table: $(RUN)/eval/table.md"
+
+demo-causal: .venv/ready
+	$(BIN)/python train.py --causal --stage pretrain --run-dir $(RUN)-causal --init $(RUN)/pretrain
+	$(BIN)/python train.py --causal --stage flowmap --run-dir $(RUN)-causal
+	$(BIN)/python train.py --causal --stage distill --run-dir $(RUN)-causal
+	$(BIN)/python sample.py --run-dir $(RUN)-causal --prompts assets/prompts.txt --steps 4 --out $(RUN)-causal/clips/clip.mp4 --sheet $(RUN)-causal/clips/sheet.png
+	$(BIN)/python eval.py --models $(RUN)/distill,$(RUN)-causal/flowmap,$(RUN)-causal/distill --out $(RUN)-causal/eval
+	@echo "clips: $(RUN)-causal/clips    figure: $(RUN)-causal/eval/curve.png    table: $(RUN)-causal/eval/table.md"
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests

@@ -35,7 +35,8 @@ class Parser(argparse.ArgumentParser):
             else:
                 options = {"type": choice(choices) if choices else kind, "metavar": kind.__name__.upper()}
             self.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **options,
-                              help=f"{field.metadata['help']} ({default_text(field)})".replace("%", "%%"))
+                              help=(field.metadata["help"] if "(default" in field.metadata["help"] else
+                                    f"{field.metadata['help']} ({default_text(field)})").replace("%", "%%"))
 
 
 def nearest(word: str, words) -> str:

@@ -8,6 +8,10 @@ fd        Frechet distance to real clips, on the 64 main components of real pixe
 fd_teach  the same to the guided teacher's 50-step samples, which is what distillation aims at
 acc       share of clips in which every attribute of the caption is read back right
 psnr      likeness (dB) of a clip to the nearest clip that the toy set could have rendered: sharpness and realism
+fd_chunks fd of each chunk's frames alone, for causal runs: a rise along the clip is drift (exposure bias)
+
+With --length K a causal model makes clips of K times the trained length, and each stretch of the trained length ("model
+#1", "model #2", ...) is measured as a clip.
 
 Distances depend on the number of samples: compare only at the same --count. The printed floor is the distance of fresh
 real clips, its +- the noise to expect at that count.
@@ -126,6 +130,7 @@ def main(argv=None) -> None:
     parser.add_argument("--steps", type=cli.positive_ints, default=[1, 2, 4, 8, 16, 32], metavar="N,N,...",
                         help="step counts (default 1,2,4,8,16,32)")
     parser.add_argument("--count", type=int, default=480, help="clips a model and step count (default 480)")
+    parser.add_argument("--length", type=int, default=1, help="causal: clips of so many times the trained length (default 1)")
     parser.add_argument("--guidance", type=float, help="the teacher's guidance scale (default: the one fused into the "
                         "flow map)")
     parser.add_argument("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
@@ -134,12 +139,16 @@ def main(argv=None) -> None:
     args = parser.parse(argv)
     if args.count < 2:
         parser.error(f"--count {args.count}: must be at least 2")
+    if args.length < 1:
+        parser.error(f"--length {args.length}: must be at least 1")
     models, out, started = parse_models(args.run_dir, args.models, parser), args.out or args.run_dir / "eval", time.time()
     out.mkdir(parents=True, exist_ok=True)
     try:
         world = distributed.start(args.device)
         pipelines = {folder: checkpoint.load_pipeline(folder, world.device) for _, folder, _ in models}
         config = next(iter(pipelines.values())).config
+        if args.length > 1 and any(len(p.chunks) == 1 for p in pipelines.values()):
+            raise ValueError(f"--length {args.length} is for causal models only")
         dataset = data.open_data(config["data"], config["frames"], config["size"])
     except ValueError as error:
         parser.error(str(error))
@@ -151,6 +160,10 @@ def main(argv=None) -> None:
     reference = dataset.clips(range(4096), seed=HELD_OUT)[0]
     frechet = Frechet(reference)
     target = frechet.statistics(reference)
+    # Pixel frames of each chunk of the first causal model; none if all are bidirectional.
+    causal = next((p for p in pipelines.values() if len(p.chunks) > 1), None)
+    lengths = [frames * causal.codec.patch[0] for frames in causal.chunks] if causal else []
+    chunk_spaces = [(space := Frechet(part), space.statistics(part)) for part in (reference.split(lengths, 1) if lengths else [])]
     real, captions = real_clips(1)
     floors = torch.tensor([Frechet.distance(frechet.statistics(real_clips(seed)[0]), target) for seed in range(1, 6)])
     summary = {"count": args.count, "floor": floors.mean().item(), "floor_std": floors.std().item(), "config": config}
@@ -162,37 +175,45 @@ def main(argv=None) -> None:
         teacher = not pipeline.network.config.second_time
         guidance = (args.guidance or pipeline.config["guidance"]) if teacher else 1.0
         seeds = list(range(first_seed, first_seed + args.count))
-        return generate(pipeline, captions, seeds, flowmap.time_grid(steps, pipeline.config["shift"]), sampler, guidance)
+        options = {"chunks": pipeline.chunks * args.length} if args.length > 1 else {}
+        grid = flowmap.time_grid(steps, pipeline.config["shift"])
+        return generate(pipeline, captions, seeds, grid, sampler, guidance, **options)
 
     teacher = next((p for p in pipelines.values() if not p.network.config.second_time), None)
     calls = sum(args.steps) * sum(2 - p.network.config.second_time for p in (pipelines[f] for _, f, _ in models))
-    bar = tqdm(total=calls + (2 * TEACHER_STEPS if teacher else 0), desc="eval    ", unit="call", mininterval=1.0,
+    bar = tqdm(total=args.length * (calls + (2 * TEACHER_STEPS if teacher else 0)), desc="eval    ", unit="call", mininterval=1.0,
                dynamic_ncols=True)
     if teacher:
-        teacher_target = frechet.statistics(sample(teacher, "euler", TEACHER_STEPS, HELD_OUT + args.count))
-        bar.update(2 * TEACHER_STEPS)
+        longer = sample(teacher, "euler", TEACHER_STEPS, HELD_OUT + args.count)
+        teacher_target = frechet.statistics(longer[:, :config["frames"]])
+        bar.update(args.length * 2 * TEACHER_STEPS)
 
     rows, pictures = [], {}
     for label, folder, sampler in models:
         for steps in args.steps:
             clips = sample(pipelines[folder], sampler, steps, HELD_OUT)
-            statistics = frechet.statistics(clips)
-            row = {"model": label, "steps": steps, "fd": Frechet.distance(statistics, target)}
-            if teacher:
-                row["fd_teach"] = Frechet.distance(statistics, teacher_target)
-            if dataset.attributes:
-                right = accuracy(dataset, clips, captions)
-                row |= {"acc": right.pop("all"), "psnr": psnr(clips, dataset.nearest(clips)).mean().item(), **right}
-            rows.append(row)
+            for i, piece in enumerate(clips.split(config["frames"], 1)):
+                statistics = frechet.statistics(piece)
+                row = {"model": label + f" #{i + 1}" * (args.length > 1), "steps": steps,
+                       "fd": Frechet.distance(statistics, target)}
+                if teacher:
+                    row["fd_teach"] = Frechet.distance(statistics, teacher_target)
+                if dataset.attributes:
+                    right = accuracy(dataset, piece, captions)
+                    row |= {"acc": right.pop("all"), "psnr": psnr(piece, dataset.nearest(piece)).mean().item(), **right}
+                if causal:
+                    row["fd_chunks"] = [Frechet.distance(space.statistics(part), real) for part, (space, real) in
+                                        zip(piece.split(lengths, 1), chunk_spaces)]
+                rows.append(row)
             pictures.setdefault(label, []).append(clips[:: max(1, len(dataset.captions) // 8)][:8])
-            bar.update(steps * (2 - pipelines[folder].network.config.second_time))
+            bar.update(args.length * steps * (2 - pipelines[folder].network.config.second_time))
     bar.close()
 
     columns = [key for key in rows[0] if key not in ("model", "steps")]
     lines = ["| model | steps | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    digits = {"fd": 1, "fd_teach": 1, "psnr": 1}
-    lines += [f"| {row['model']} | {row['steps']} | " + " | ".join(f"{row[key]:.{digits.get(key, 3)}f}" for key in columns)
-              + " |" for row in rows]
+    def cell(key, value):
+        return " ".join(f"{x:.1f}" for x in value) if key == "fd_chunks" else f"{value:.{1 if key in ('fd', 'fd_teach', 'psnr') else 3}f}"
+    lines += [f"| {row['model']} | {row['steps']} | " + " | ".join(cell(key, row[key]) for key in columns) + " |" for row in rows]
     table = "\n".join(lines) + (f"\n\n{args.count} clips each; real clips: fd {summary['floor']:.1f} +- "
                                 f"{summary['floor_std']:.1f}")
     if dataset.attributes:

@@ -12,6 +12,7 @@ that do not see each other, in a `Context`: the prompt and the keys and values o
 chunk, with nothing before it, is the bidirectional case.
 """
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -327,9 +328,11 @@ class FlowMapDiT(nn.Module):
             raise ValueError(f"{F_} latent frames, but chunks of {list(chunks)}")
         h, w, head_dim = H // c.patch, W // c.patch, c.dim // c.heads
         own = Chunk(context.start, F_, embed.patch // c.patch, ())
-        rope = torch.cat([rotary_angles(torch.arange(b.start, b.start + b.frames, device=z.device), h // b.stride,
-                                        w // b.stride, head_dim, b.stride).flatten(0, 1)
-                          for b in (*context.past, own)])                           # (L', K / 2)
+        rope = []                                                                   # one table for all of a stride
+        for stride, group in groupby((*context.past, own), key=lambda chunk: chunk.stride):
+            frames = torch.cat([torch.arange(b.start, b.start + b.frames, device=z.device) for b in group])
+            rope.append(rotary_angles(frames, h // stride, w // stride, head_dim, stride).flatten(0, 1))
+        rope = torch.cat(rope)                                                      # (L', K / 2)
         modulation = self.time_proj(F.silu(e)).unflatten(-1, (6, -1)).float()       # (B, F or 1, 6, D)
         text = context.text
         text = [self.text_embed(text.to(e.dtype))] * c.layers if isinstance(text, torch.Tensor) else text

@@ -50,7 +50,8 @@ class Config:
     causal: bool = flag(False, "generate chunk by chunk, each chunk seeing the clean ones before it")
     chunks: str = flag("1,1,1,1", "causal: latent frames of each chunk; the toy codec makes one of two pixel frames")
     full_chunks: int = flag(3, "causal: how many chunks are full, the newest included; older ones are compressed. 0: all")
-    init: str = flag("", "pretrain: folder of a finished stage to start from, such as runs/toy-shapes/pretrain")
+    init: str = flag("", "pretrain: folder of a finished stage to start from, or none for fresh weights (default none; with "
+                     "--causal and the toy preset runs/toy-DATA/pretrain)")
     seed: int = flag(0, "seed of weights, data order, noise and times")
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
     bf16: bool = flag(False, "multiply in bf16 with fp32 master weights; for GPUs (CPUs are slower with it)")
@@ -81,7 +82,8 @@ class Config:
 
     rollout: str = flag("flow-map", "backward simulation of distill", choices=("flow-map", "consistency"))
     budgets: str = flag("2,4,8,16,50", "step counts N that a rollout may have; one is drawn an iteration")
-    real_guidance: float = flag(2.0, "guidance scale of the teacher in DMD: 1 + 3 in the paper's 'cond + 3 (cond - uncond)'")
+    real_guidance: float = flag(1.5, "guidance scale of the teacher in DMD: 4 for the paper's 'cond + 3 (cond - uncond)'. With "
+                                "the scale fused into the flow map, small and large steps aim at the same clips")
     cotrain: float = flag(1.0, "factor of the forward flow-map loss in distill; it keeps the any-step map alive")
     fake_lr: float = flag(1e-3, "peak learning rate of the fake score")
     fake_rollout: str = flag("shared", "the fake score trains on the student's rollout of the same iteration, or on a "
@@ -95,9 +97,15 @@ class Config:
 # What differs from the defaults above, by preset and stage. Reasons stand in LOG.md where they were measured.
 RECIPES = {
     "toy": {
-        "pretrain": dict(steps=3200, lr=3e-3, lr_end=0.05, ema_start=200),
-        "flowmap": dict(steps=1000, lr_end=0.1),
-        "distill": dict(steps=250, lr=2e-4, fake_lr=5e-4, beta1=0.0, beta2=0.999, warmup=10, ema_decay=0.97, ema_start=50),
+        "pretrain": dict(steps=6000, batch_size=16, lr=2e-3, lr_end=0.05, ema_start=200),
+        "flowmap": dict(steps=2200, batch_size=16, lr_end=0.1),
+        "distill": dict(steps=250, lr=2e-4, beta1=0.0, beta2=0.999, warmup=10, ema_decay=0.97, ema_start=50,
+                        budgets="1,2,4,8,16,50", cotrain=8.0),
+    },
+    "toy-causal": {  # what differs again with --causal, which starts from the bidirectional teacher
+        "pretrain": dict(init="runs/toy-{data}/pretrain", steps=1500, lr=1e-3, lr_end=0.1),
+        "flowmap": dict(steps=1500),
+        "distill": dict(steps=150),
     },
     "tiny": {  # seconds a stage: for tests and smoke runs
         "pretrain": dict(steps=20, batch_size=8, warmup=5, ema_start=5, save_every=10),
@@ -114,7 +122,7 @@ CHANGEABLE = ("steps", "micro_batch", "device", "fresh", "save_every", "log_ever
 def default_text(field) -> str:
     recipes = [f"{stage} {RECIPES['toy'][stage].get(field.name, field.default)}" for stage in STAGES
                if any(field.name in recipe for recipe in RECIPES["toy"].values())]
-    return "default " + (", ".join(recipes) if recipes else str(field.default) or "see above")
+    return "default " + (", ".join(recipes) if recipes else str(field.default))
 
 
 def parse_config(argv=None) -> Config:
@@ -133,6 +141,7 @@ def parse_config(argv=None) -> Config:
     preset = values.get("preset", Config.preset)
     recipe = RECIPES[preset][stage] | RECIPES.get(f"{preset}-causal" if values.get("causal") else "", {}).get(stage, {})
     c = Config(**recipe | values)
+    c.init = "" if c.init == "none" else c.init.format(data=Path(c.data).name)
     for name in ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips"):
         if getattr(c, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
@@ -207,6 +216,9 @@ def train(c: Config) -> Path:
     if before and not (run / before / "model.safetensors").exists():
         raise SystemExit(f"stage {c.stage} starts from stage {before}, which is not finished in {run}. First run:\n"
                          f"    python train.py --stage {before} --run-dir {run}")
+    if c.init and not (Path(c.init) / "model.safetensors").exists():
+        raise SystemExit(f"--init {c.init}: no finished stage is there. First run:\n    python train.py --stage pretrain --data "
+                         f"{c.data}\nor start from fresh weights with --init none")
     per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
     if c.batch_size % per_step:
         raise SystemExit(f"--batch-size {c.batch_size} is not a multiple of {per_step}: {world.size} processes times "

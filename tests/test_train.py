@@ -41,15 +41,22 @@ def finished(tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module", params=["bidirectional", "causal"])
-def either(request, tmp_path_factory):
-    """The same, of both kinds: (run, flags that make such a run)."""
-    if request.param == "bidirectional":
-        return request.getfixturevalue("finished"), []
-    run, flags = tmp_path_factory.mktemp("runs") / "causal", ["--causal", "--full-chunks", "2"]
+CAUSAL = ("--causal", "--full-chunks", "2")
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """The same for a causal network."""
+    run = tmp_path_factory.mktemp("runs") / "causal"
     for stage in STAGES:
-        run_stage(run, stage, *flags)
-    return run, flags
+        run_stage(run, stage, *CAUSAL)
+    return run
+
+
+@pytest.fixture(scope="module", params=["finished", "causal"])
+def either(request):
+    """(run, flags that make such a run) of both kinds."""
+    return request.getfixturevalue(request.param), CAUSAL if request.param == "causal" else ()
 
 
 def same_files(a: Path, b: Path):
@@ -285,3 +292,106 @@ def test_eval_writes_table_figure_and_sheets(finished, tmp_path, capsys):
     for name in ("table.md", "distill.png", "distill.gif", "flowmap-consistency.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert "| distill | 2 |" in capsys.readouterr().out
+
+
+# --- causal sampling
+
+def test_a_stream_is_the_clip_piece_by_piece(causal):
+    pipeline, grid = checkpoint.load_pipeline(causal / "distill"), [1.0, 0.6, 0.0]
+    captions = ["a red circle moving left", "a blue square moving up"]
+    pieces = list(sample.stream(pipeline, captions, [3, 4], grid))
+    assert [piece.shape for piece in pieces] == [(2, 2, 3, 16, 16)] * 4
+    assert torch.equal(torch.cat(pieces, 1), sample.generate(pipeline, captions, [3, 4], grid))
+    # A teacher is guided: two contexts go along.
+    teacher = checkpoint.load_pipeline(causal / "pretrain")
+    clips = sample.generate(teacher, captions, [3, 4], grid, guidance=2.0)
+    assert clips.shape == (2, 8, 3, 16, 16) and not torch.equal(clips, sample.generate(teacher, captions, [3, 4], grid))
+
+
+def test_a_new_prompt_changes_the_clip_from_its_chunk_on(causal):
+    pipeline, grid = checkpoint.load_pipeline(causal / "distill"), [1.0, 0.6, 0.0]
+    plain, other = (sample.generate(pipeline, ["a red circle moving left"], [3], grid, prompt_at=prompts)
+                    for prompts in ({}, {2: "a blue square moving up"}))
+    assert torch.equal(plain[:, :4], other[:, :4])
+    assert ((plain - other)[:, 4:].abs().amax((2, 3, 4)) > 1e-4).all()
+
+
+def test_given_latents_are_kept_and_change_what_follows(causal):
+    pipeline, grid = checkpoint.load_pipeline(causal / "distill"), [1.0, 0.0]
+    given = pipeline.codec.encode(torch.rand(1, 4, 3, 16, 16, generator=distributed.generator("given")) * 2 - 1)
+    clips = sample.generate(pipeline, ["a red circle moving left"], [3], grid, given=given)
+    assert torch.equal(clips[:, :4], torch.cat([pipeline.codec.decode(part) for part in given.split(1, 1)], 1))
+    plain = sample.generate(pipeline, ["a red circle moving left"], [3], grid)
+    assert (clips - plain)[:, 4:].abs().max() > 1e-3
+    with pytest.raises(ValueError, match="4 given latent frames: must be whole chunks"):
+        sample.generate(pipeline, ["a red circle moving left"], [3], grid, given=given.repeat(1, 2, 1, 1, 1))
+
+
+def test_causal_command_lines(causal, tmp_path, capsys):
+    import imageio.v3 as iio
+    def run(*flags):
+        sample.main(["--run-dir", str(causal), "--prompt", "a red circle moving left", "--steps", "2", *flags])
+        return capsys.readouterr().out
+    start, clip, longer = tmp_path / "start.png", tmp_path / "clip.mp4", tmp_path / "long.mp4"
+    iio.imwrite(start, (torch.rand(20, 32, 3, generator=distributed.generator("png")) * 255).byte().numpy())
+    run("--image", str(start), "--out", str(clip))
+    assert iio.imread(clip).shape == (8, 128, 128, 3)
+    out = run("--video", str(clip), "--out", str(longer), "--frames", "12", "--window", "2")
+    assert iio.imread(longer).shape[0] == 12 and "frames are used" not in out
+    out = run("--video", str(longer), "--frames", "11", "--out", str(clip))       # 12 frames given, 10 leave one chunk
+    assert "10 of its 12 frames are used, 5 whole chunks" in out and iio.imread(clip).shape[0] == 12
+    for name in ("stream.mp4", "stream.gif"):
+        out = run("--stream", "--frames", "16", "--out", str(tmp_path / name), "--prompt-at", "2", "a blue square moving up")
+        assert "16 frames; first chunk after" in out and iio.imread(tmp_path / name).shape == (16, 128, 128, 3)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--image", "missing.png"], "missing.png: cannot be read"), (["--video", "README.md"], "README.md: cannot be read"),
+    (["--frames", "0"], "--frames 0: must be at least 1"), (["--window", "-1"], "must be at least 0"),
+    (["--image", "a.png", "--video", "b.mp4"], "give one of them"), (["--prompt-at", "x", "a"], "must be a number"),
+    (["--prompt-at", "1", "a red circel"], "'circel'.*'circle'"), (["--stream", "--out", "a.png"], "written to .mp4 or .gif"),
+    (["--stream", "--count", "2"], "one prompt and one clip"), (["--frames", "2", "--image", "assets/none.png"], "cannot be read")])
+def test_wrong_causal_requests_are_refused(causal, flags, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as error:
+        sample.main(["--run-dir", str(causal), "--prompt", "a red circle moving left", *flags])
+    assert error.value.code == 2
+    assert __import__("re").search(message, capsys.readouterr().err)
+
+
+def test_a_bidirectional_model_makes_one_chunk(finished, capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--run-dir", str(finished), "--prompt", "a red circle moving left", "--frames", "16"])
+    assert "trained on whole clips" in capsys.readouterr().err
+
+
+def test_eval_measures_drift_along_long_causal_clips(causal, tmp_path, capsys):
+    evaluation.main(["--run-dir", str(causal), "--models", "distill", "--steps", "2", "--count", "24", "--length", "2",
+                     "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["distill #1", "distill #2"] and len(rows[0]["fd_chunks"]) == 4
+    assert rows[0]["fd"] != rows[1]["fd"]
+
+
+def test_the_causal_recipe_is_checked(tmp_path, capsys):
+    def config(*flags):
+        return train.parse_config(["--preset", "tiny", "--causal", "--run-dir", str(tmp_path), *flags])
+    with pytest.raises(SystemExit, match="add up to 3, but clips have 4 latent frames"):
+        train.train(config("--chunks", "1,2"))
+    for flags, message in ((["--chunks", "1,x"], "whole numbers"), (["--full-chunks", "-1"], "at least 0"),
+                           (["--stage", "flowmap", "--init", "a"], "--init is for stage pretrain")):
+        with pytest.raises(SystemExit):
+            config(*flags)
+        assert message in capsys.readouterr().err
+    default = train.parse_config(["--causal"])
+    assert default.run_dir == "runs/toy-shapes-causal" and default.init == "runs/toy-shapes/pretrain"
+    with pytest.raises(SystemExit, match="--init nowhere: no finished stage is there. First run"):
+        train.train(config("--init", "nowhere"))
+
+
+def test_a_causal_teacher_starts_from_a_bidirectional_one(finished, tmp_path):
+    folder = run_stage(tmp_path / "run", "pretrain", "--causal", "--init", str(finished / "pretrain"), "--steps", "1", "--lr", "1e-9")
+    mine, before = (load_file(path / "model.safetensors") for path in (folder, finished / "pretrain"))
+    assert mine.keys() - before.keys() == {"far_patch_embed.weight", "far_patch_embed.bias"}
+    torch.testing.assert_close(mine["head.weight"], before["head.weight"], rtol=0, atol=1e-8)
+    same_files(folder / "codec.safetensors", finished / "pretrain" / "codec.safetensors")

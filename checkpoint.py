@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import encoders
+from data import write_text
 from model import FlowMapDiT, ModelConfig
 
 
@@ -75,10 +76,10 @@ def load_weights(network: torch.nn.Module, state: dict, source) -> None:
     for name in sorted(parameters.keys() ^ state.keys()):
         raise ValueError(f"{source}: tensor {name} is {'missing' if name in parameters else 'not of this network'}")
     for name, p in parameters.items():
-        if p.shape != state[name].shape:
-            raise ValueError(f"{source}: tensor {name} has shape {tuple(state[name].shape)}, the network's has "
-                             f"{tuple(p.shape)}")
-        fill(p, state[name])
+        value = state[name]                          # read once: it may come from a file
+        if p.shape != value.shape:
+            raise ValueError(f"{source}: tensor {name} has shape {tuple(value.shape)}, the network's has {tuple(p.shape)}")
+        fill(p, value)
 
 
 def write_aside(folder: Path, write) -> None:
@@ -88,17 +89,12 @@ def write_aside(folder: Path, write) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     write(aside)
-    for file in aside.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
+    for file in aside.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text)
-    aside.rename(path)
 
 
 def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counters: dict, is_main: bool, keep: int = 2):

@@ -1,288 +1,45 @@
-"""Clips and captions: two toy sets drawn on the fly, and a folder of the user's videos.
+"""Where clips and captions come from: the toy sets (toys.py), a folder of videos, or shards of latents made from one:
 
-Legend:  B batch   T pixel frames   H, W picture (both `size` for the sets here)
-Videos are float32 (B, T, 3, H, W) in [-1, 1], black is -1. Positions are (x, y) in pixels from the upper left corner of
-the picture, y pointing down. Every clip is a pure function of (seed, index): nothing advances a hidden state, so a
-resumed run sees the same clips, and so does any split of the indices over processes.
+    python data.py encode --videos DIR --base WAN_DIR --out SHARDS        also under torchrun; run again to go on
+    python data.py check SHARDS                                           compare every shard with its checksum
+
+Legend:  B batch   T pixel frames   H, W picture (both `size` for toys and folders)   F, C, h, w latents
+Videos are float32 (B, T, 3, H, W) in [-1, 1]. Every clip is a pure function of (seed, index), see toys.py.
 """
-import difflib
+import hashlib
 import json
+import os
 import sys
-from functools import cached_property
-from itertools import product
 from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as nnf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-DIGITS = "zero one two three four five six seven eight nine".split()
-PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32)         # (4, 3)
-HEADINGS = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)     # (4, 2)
+import cli
+from toys import SETS, draw, nearest_word
+
 SUFFIXES = (".mp4", ".gif", ".mov", ".webm")
+DECODER_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, IndexError)
 
 
 def open_data(name: str, frames: int = 8, size: int = 16):
-    """The data set called 'shapes' or 'digits', or the folder of clips at path `name`, giving clips (frames, 3, size,
+    """The data set called 'shapes', 'loop' or 'digits', or the folder of clips at path `name`, giving clips (frames, 3, size,
     size). Raises ValueError for any other name, and for a size or length that the set cannot draw."""
     if frames < 1 or size < 8:
         raise ValueError(f"clips need frames >= 1 and size >= 8, not frames = {frames}, size = {size}")
-    toys = {"shapes": Shapes, "digits": Digits}
-    if name in toys:
-        return toys[name](frames, size)
+    if name in SETS:
+        return SETS[name](frames, size)
+    if (Path(name) / "manifest.json").exists():
+        return Shards(name)
     if not Path(name).is_dir():
-        raise ValueError(f"no data set or folder {str(name)!r}: choose shapes, digits (nearest: "
-                         f"{nearest_word(str(name), list(toys))}) or the path of a folder of clips")
+        raise ValueError(f"no data set or folder {str(name)!r}: choose shapes, loop, digits (nearest: "
+                         f"{nearest_word(str(name), list(SETS))}) or the path of a folder of clips or shards")
     return Folder(name, frames, size)
-
-
-def nearest_word(word: str, known: list[str]) -> str:
-    return (difflib.get_close_matches(word, known, n=1, cutoff=0) or ["none"])[0]
-
-
-# Shared by the toy sets: random draws, captions, straight-line motion, and measuring a clip.
-
-def draw(seed: int, indices, count: int) -> torch.Tensor:
-    """Uniform numbers (B, count) in [0, 1), float64, a row being a function of (seed, index) alone."""
-    rows = [np.random.default_rng([0, seed, int(i)]).random(count) for i in indices]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, count, dtype=torch.float64)
-
-
-def choose(captions: list[str], draws: torch.Tensor, wanted: list[str] | None) -> list[str]:
-    """The caption of each clip: as wanted, or drawn evenly by draws (B,)."""
-    if wanted is None:
-        return [captions[i] for i in (draws * len(captions)).long().tolist()]
-    if len(wanted) != len(draws):
-        raise ValueError(f"{len(wanted)} captions for {len(draws)} indices: give one for each")
-    return list(wanted)
-
-
-def caption_labels(captions, known: list[str], attributes: dict) -> dict[str, torch.Tensor]:
-    """Attribute values of captions, {attribute: (B,) long}; `known` is the cross product of the attributes in order."""
-    place = {caption: i for i, caption in enumerate(known)}
-    for caption in captions:
-        if caption not in place:
-            raise ValueError(f"unknown caption {caption!r}; the nearest known one is {nearest_word(caption, known)!r}")
-    flat = torch.tensor([place[caption] for caption in captions], dtype=torch.long)
-    return dict(zip(attributes, torch.unravel_index(flat, [len(values) for values in attributes.values()])))
-
-
-def motion(direction: torch.Tensor, speed: float, frames: int) -> torch.Tensor:
-    """Displacement (B, T, 2) since the first frame, for direction labels (B,) and a speed in pixels a frame."""
-    return HEADINGS[direction][:, None] * (speed * torch.arange(frames))[:, None]
-
-
-def place_inside(draws: torch.Tensor, displacement: torch.Tensor, margin: torch.Tensor, size: int) -> torch.Tensor:
-    """Positions (B, T, 2) whose start, chosen by draws (B, 2), keeps `margin` (B, 1) from every edge in all frames."""
-    low = margin - displacement.amin(1)
-    high = size - margin - displacement.amax(1)
-    return (low + draws.float() * (high - low))[:, None] + displacement
-
-
-def paint(coverage: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
-    """Coverage (B, T, H, W) in [0, 1] and colours (B, 3) in [0, 1] -> video."""
-    return coverage[:, :, None] * colour[:, None, :, None, None] * 2 - 1
-
-
-def unit_range(video: torch.Tensor) -> torch.Tensor:
-    """Any video, even one that is not finite, as float32 in [0, 1] on the CPU."""
-    return video.float().cpu().nan_to_num(-1.0).clamp(-1, 1) / 2 + 0.5
-
-
-def foreground(video: torch.Tensor) -> torch.Tensor:
-    """Intensity (B, T, H, W) in [0, 1]: the brightest channel, less a floor so that haze and noise hardly count."""
-    return above_floor(unit_range(video).amax(2))
-
-
-def above_floor(intensity: torch.Tensor) -> torch.Tensor:
-    return (intensity - 0.2).clamp(min=0) / 0.8
-
-
-def centroids(intensity: torch.Tensor) -> torch.Tensor:
-    """Intensity-weighted mean position (B, T, 2); the middle of the picture for an empty frame."""
-    size = intensity.shape[-1]
-    pixel = torch.arange(size) + 0.5
-    mass = intensity.sum((2, 3)) + 1e-6
-    x, y = intensity.sum(2) @ pixel, intensity.sum(3) @ pixel
-    return (torch.stack([x, y], -1) + 1e-6 * size / 2) / mass[..., None]
-
-
-def read_direction(centre: torch.Tensor) -> torch.Tensor:
-    """Direction labels (B,) of tracks (B, T, 2), by the least-squares velocity."""
-    time = torch.arange(centre.shape[1]) - (centre.shape[1] - 1) / 2
-    velocity = torch.einsum("t,btd->bd", time, centre)           # up to a positive factor
-    return (velocity @ HEADINGS.T).argmax(1)
-
-
-def standardise(x: torch.Tensor) -> torch.Tensor:
-    """(B, ...) -> (B, values), each row centred and of length 1, so that a dot product is a correlation."""
-    x = x.flatten(1)
-    return nnf.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-6)
-
-
-class Shapes:
-    """A circle, square or triangle of one of four colours that moves straight in one of four directions.
-
-    Lengths are given for a 16 x 16 picture and scale with its size: radius 3.4 to 4.2, 5.6 pixels of travel a clip
-    (0.8 a frame for 8 frames). The shape stays inside the picture. 48 captions: "a red circle moving left".
-    """
-    RADII = (3.4, 4.2)
-
-    def __init__(self, frames: int = 8, size: int = 16):
-        self.name, self.frames, self.size, self.scale = "shapes", frames, size, size / 16
-        self.speed = 5.6 * self.scale / max(frames - 1, 1)       # pixels a frame
-        self.attributes = {"colour": list(COLOURS), "shape": ["circle", "square", "triangle"],
-                           "direction": list(DIRECTIONS)}
-        self.captions = [f"a {c} {s} moving {d}" for c, s, d in product(*self.attributes.values())]
-
-    def clips(self, indices, seed: int = 0, captions: list[str] | None = None):
-        """Video (B, T, 3, size, size) and its captions, for non-negative ints; ValueError for an unknown caption."""
-        draws = draw(seed, indices, 4)
-        captions = choose(self.captions, draws[:, 0], captions)
-        labels = self.labels(captions)
-        low, high = self.RADII
-        radius = (low + (high - low) * draws[:, 1].float()) * self.scale
-        displacement = motion(labels["direction"], self.speed, self.frames)
-        centre = place_inside(draws[:, 2:], displacement, radius[:, None] + 0.5, self.size)
-        # That is the middle of the bounding box; a triangle's centre of mass lies a third of the radius lower.
-        centre[..., 1] += (radius / 3 * (labels["shape"] == 2))[:, None]
-        return paint(self.render(centre, radius, labels["shape"]), PALETTE[labels["colour"]]), captions
-
-    def labels(self, captions) -> dict[str, torch.Tensor]:
-        return caption_labels(captions, self.captions, self.attributes)
-
-    def render(self, centre: torch.Tensor, radius: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-        """Coverage (B, T, size, size) of shapes with centre of mass (B, T, 2), radius (B,) and shape label (B,).
-
-        A pixel at signed distance d (negative inside) is covered by 1/2 - d: an edge one pixel wide.
-        """
-        pixel = torch.arange(self.size) + 0.5
-        x = pixel - centre[..., 0, None, None]                   # (B, T, 1, W)
-        y = pixel[:, None] - centre[..., 1, None, None]          # (B, T, H, 1)
-        r = radius[:, None, None, None]
-        coverage = torch.empty(*centre.shape[:2], self.size, self.size)
-        for label, distance in enumerate((
-            # A thick outline: a filled disc of this size differs from a square by a few pixels only.
-            lambda x, y, r: ((x * x + y * y).sqrt() - 0.75 * r).abs() - 0.25 * r,
-            lambda x, y, r: torch.maximum(x.abs(), y.abs()) - 0.9 * r,
-            # As tall as wide: apex 4/3 r above the centre of mass, base 2/3 r below it.
-            lambda x, y, r: torch.maximum((2 * x.abs() - y - 4 / 3 * r) / 5**0.5, y - 2 / 3 * r),
-        )):
-            rows = shape == label
-            coverage[rows] = (0.5 - distance(x[rows], y[rows], r[rows])).clamp(0, 1)
-        return coverage
-
-    def read(self, video: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The attributes seen in any clip (B, T, 3, size, size), real or generated: {attribute: (B,) long}.
-
-        Direction: the track of the centre of mass. Colour: the hue of the foreground. Shape: the drawing, at the
-        measured centres and any radius, that correlates best with the clip. Defined even for noise or black.
-        """
-        intensity = foreground(video)
-        centre, count = centroids(intensity), len(video)
-        mean = torch.einsum("bthw,btchw->bc", intensity, unit_range(video))
-        colour = (mean @ nnf.normalize(PALETTE, dim=1).T).argmax(1)
-        seen, fit = standardise(intensity), torch.zeros(count, 3)
-        for label, radius in product(range(3), torch.linspace(*self.RADII, 3) * self.scale):
-            drawn = self.render(centre, radius.expand(count), torch.full((count,), label))
-            fit[:, label] = torch.maximum(fit[:, label], (seen * standardise(above_floor(drawn))).sum(1))
-        return {"colour": colour, "shape": fit.argmax(1), "direction": read_direction(centre)}
-
-    def nearest(self, video: torch.Tensor) -> torch.Tensor:
-        """The clip of this set closest to `video`: the attributes read from it, the known speed, the least-squares
-        start and the best radius. The PSNR to it scores realism."""
-        labels, intensity, count = self.read(video), foreground(video), len(video)
-        displacement = motion(labels["direction"], self.speed, video.shape[1])
-        centre = (centroids(intensity) - displacement).mean(1, keepdim=True) + displacement
-        radii = torch.linspace(*self.RADII, 9) * self.scale
-        drawn = (above_floor(self.render(centre, radius.expand(count), labels["shape"])) for radius in radii)
-        error = torch.stack([(x - intensity).square().flatten(1).mean(1) for x in drawn], 1)
-        coverage = self.render(centre, radii[error.argmin(1)], labels["shape"])
-        return paint(coverage, PALETTE[labels["colour"]]).to(video.device)
-
-
-class Digits:
-    """A white handwritten digit, one of 1797 images, that moves straight in one of four directions.
-
-    In a 16 x 16 picture the digit is 10 x 10 and travels 4 pixels a clip; both scale with the size. 40 captions:
-    "a handwritten seven moving up". The images are from UCI (see assets/README.md).
-    """
-
-    def __init__(self, frames: int = 8, size: int = 16):
-        self.name, self.frames, self.size, self.scale = "digits", frames, size, size / 16
-        self.speed = 4 * self.scale / max(frames - 1, 1)         # pixels a frame
-        self.attributes = {"digit": DIGITS, "direction": list(DIRECTIONS)}
-        self.captions = [f"a handwritten {n} moving {d}" for n, d in product(*self.attributes.values())]
-        with np.load(Path(__file__).parent / "assets" / "digits.npz") as file:
-            self.images = torch.from_numpy(file["images"]).float() / 16         # (1797, 8, 8) in [0, 1]
-            self.digit = torch.from_numpy(file["labels"]).long()                # (1797,)
-        self.members = [(self.digit == n).nonzero()[:, 0] for n in range(10)]
-
-    def clips(self, indices, seed: int = 0, captions: list[str] | None = None):
-        """Video (B, T, 3, size, size) and its captions, for non-negative ints; ValueError for an unknown caption."""
-        draws = draw(seed, indices, 4)
-        captions = choose(self.captions, draws[:, 0], captions)
-        labels = self.labels(captions)
-        pairs = zip(labels["digit"].tolist(), draws[:, 1].tolist())
-        which = torch.tensor([int(self.members[n][int(u * len(self.members[n]))]) for n, u in pairs], dtype=torch.long)
-        # Interpolation lets the ink fade out over half a source pixel beyond the 10 x 10 box.
-        margin = torch.full((len(draws), 1), (5 + 10 / 16) * self.scale)
-        centre = place_inside(draws[:, 2:], motion(labels["direction"], self.speed, self.frames), margin, self.size)
-        return paint(self.render(centre, which), torch.ones(len(draws), 3)), captions
-
-    def labels(self, captions) -> dict[str, torch.Tensor]:
-        return caption_labels(captions, self.captions, self.attributes)
-
-    def render(self, centre: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-        """Coverage (B, T, size, size) of images which (B,), the middle of their boxes at centre (B, T, 2)."""
-        pixel = torch.arange(self.size) + 0.5
-        xy = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"), -1)       # (H, W, 2)
-        grid = (xy - centre[:, :, None, None]) / (5 * self.scale)               # (B, T, H, W, 2); the box is [-1, 1]
-        ink = nnf.grid_sample(self.images[which][:, None], grid.flatten(1, 2), align_corners=False)
-        return ink.view(*grid.shape[:4])
-
-    def align(self, intensity: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-        """The mean frame in a 12 x 12 window around the moving centre: (B, T, H, W) -> (B, 144), standardised."""
-        offset = (torch.arange(12) - 5.5) * self.scale
-        window = centre[:, :, None, None] + torch.stack(torch.meshgrid(offset, offset, indexing="xy"), -1)
-        window = (window * 2 / self.size - 1).flatten(0, 1)      # (B * T, 12, 12, 2), the picture is [-1, 1]
-        seen = nnf.grid_sample(intensity.flatten(0, 1)[:, None], window, align_corners=False)
-        return standardise(seen.view(*centre.shape[:2], 144).mean(1))
-
-    @cached_property
-    def bank(self):
-        """All images as `align` sees them (1797, 144), and their centres of mass from the middle of the box (1797, 2).
-
-        Four half-pixel offsets stand for the frames, so that the bank is blurred as a moving digit is.
-        """
-        phase = torch.tensor([(0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)]) + self.size / 2
-        phase = phase.expand(len(self.images), 4, 2)
-        intensity = foreground(paint(self.render(phase, torch.arange(len(phase))), torch.ones(len(phase), 3)))
-        centre = centroids(intensity)
-        return self.align(intensity, centre), (centre - phase).mean(1)
-
-    def match(self, video: torch.Tensor):
-        """The best image (B,) and the track (B, T, 2) of its centre of mass."""
-        intensity = foreground(video)
-        centre = centroids(intensity)
-        return (self.align(intensity, centre) @ self.bank[0].T).argmax(1), centre
-
-    def read(self, video: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The attributes seen in any clip, real or generated: {attribute: (B,) long}. The digit is that of the image,
-        among all of them, that correlates best with the aligned frames. Defined even for noise or black."""
-        which, centre = self.match(video)
-        return {"digit": self.digit[which], "direction": read_direction(centre)}
-
-    def nearest(self, video: torch.Tensor) -> torch.Tensor:
-        """The clip of this set closest to `video`: the best image on the straight line, at the known speed, that fits
-        the track in the least-squares sense. The PSNR to it scores realism."""
-        which, centre = self.match(video)
-        displacement = motion(read_direction(centre), self.speed, video.shape[1])
-        start = (centre - displacement).mean(1) - self.bank[1][which]
-        return paint(self.render(start[:, None] + displacement, which), torch.ones(len(video), 3)).to(video.device)
 
 
 class Folder:
@@ -302,12 +59,12 @@ class Folder:
             try:
                 if not captions.get(file.name):
                     raise ValueError("no caption")
-                video = torch.stack([fit_frame(frame, size) for frame in imageio.imiter(file)])
+                video = torch.stack([fit_frame(frame, size, size) for frame in imageio.imiter(file)])
                 if len(video) < frames:
                     raise ValueError(f"{len(video)} frames, {frames} needed")
                 self.videos.append(video)
                 self.texts.append(captions[file.name])
-            except (OSError, RuntimeError, ValueError, SyntaxError, IndexError) as error:   # what decoders raise
+            except DECODER_ERRORS as error:
                 problems.append(f"{file.name}: {(str(error) or type(error).__name__).splitlines()[0]}")
                 skipped += 1
         for problem in problems:
@@ -370,12 +127,210 @@ def read_captions(folder: Path, names: set[str]) -> tuple[dict[str, str], list[s
     return captions, problems
 
 
-def fit_frame(frame: np.ndarray, size: int) -> torch.Tensor:
-    """A decoded frame, (H, W) or (H, W, channels) uint8 -> (3, size, size) uint8: resized and cropped."""
+def fit_frame(frame: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """A decoded frame, (H, W) or (H, W, channels) uint8 -> (3, height, width) uint8: resized with its aspect, the middle
+    cropped."""
     frame = np.atleast_3d(frame)
     frame = frame[..., :3] if frame.shape[2] >= 3 else frame[..., :1].repeat(3, 2)
     image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()      # (1, 3, H, W)
-    height, width = (max(size, round(side * size / min(image.shape[2:]))) for side in image.shape[2:])
-    image = nnf.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[0, :, top : top + size, left : left + size].round().clamp(0, 255).byte()
+    factor = max(height / image.shape[2], width / image.shape[3])
+    size = max(height, round(image.shape[2] * factor)), max(width, round(image.shape[3] * factor))
+    image = nnf.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return image[0, :, top : top + height, left : left + width].round().clamp(0, 255).byte()
+
+
+class Shards:
+    """A folder of latents and prompt features: safetensors shards, each with `latents` (n, F, C, h, w), `text` (n, T, D) and
+    its captions, and manifest.json, which lists them with counts and checksums.
+
+    Raises ValueError for a shard that is missing or not as long as the manifest says; `python data.py check` reads all.
+    """
+
+    def __init__(self, path):
+        self.path, self.attributes = Path(path), {}
+        self.manifest = json.loads((self.path / "manifest.json").read_text())
+        for shard in self.manifest["shards"]:
+            file = self.path / shard["name"]
+            if not file.exists() or file.stat().st_size != shard["bytes"]:
+                raise ValueError(f"{file}: missing, or not the {shard['bytes']} bytes of the manifest; delete it and run the "
+                                 f"command that made the shards again")
+        self.places = [(shard["name"], i) for shard in self.manifest["shards"] for i in range(shard["clips"])]
+        self.latent_shape, self.text_shape = tuple(self.manifest["latent_shape"]), tuple(self.manifest["text_shape"])
+        self.null_text = load_file(self.path / "null_text.safetensors")["text"].float()      # (T, D)
+        if not self.places:
+            raise ValueError(f"{path}: no clip in any shard")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def draw(self, indices, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, F, C, h, w) and prompt features (B, T, D), float32. Each len(self) consecutive indices show every
+        clip once, in an order given by (seed, epoch)."""
+        latents, texts, orders = [], [], {}
+        for index in map(int, indices):
+            epoch, place = divmod(index, len(self))
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng([1, seed, epoch]).permutation(len(self))
+            name, row = self.places[orders[epoch][place]]
+            with safe_open(self.path / name, "pt") as file:
+                latents.append(file.get_slice("latents")[row].float())
+                texts.append(file.get_slice("text")[row].float())
+        return torch.stack(latents), torch.stack(texts)
+
+
+class ShardWriter:
+    """Writes one part (of `parts`, one a process) of a folder of shards. `done` names the clips that are already there, so
+    that the same command goes on after a kill. A shard appears whole or not at all."""
+
+    def __init__(self, folder, part: int = 0, parts: int = 1, clips_per_shard: int = 64):
+        self.folder, self.part, self.parts, self.size = Path(folder), part, parts, clips_per_shard
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows, self.done, self.shards = [], set(), []
+        for file in sorted(self.folder.glob(f"part-{part}-of-{parts}-*.safetensors")):
+            try:
+                with safe_open(file, "pt") as opened:
+                    keys = json.loads(opened.metadata()["keys"])
+            except (SafetensorError, OSError):
+                raise ValueError(f"{file}: not a whole shard; delete it and run the same command again") from None
+            self.done |= set(keys)
+            self.shards.append((file, len(keys)))
+
+    def add(self, key: str, latents: torch.Tensor, text: torch.Tensor, caption: str) -> None:
+        """latents (F, C, h, w) and text (T, D), in the type to be stored; key names the clip."""
+        self.rows.append((key, latents.cpu(), text.cpu(), caption))
+        self.done.add(key)
+        if len(self.rows) >= self.size:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.rows:
+            return
+        keys, latents, texts, captions = zip(*self.rows)
+        file = self.folder / f"part-{self.part}-of-{self.parts}-{len(self.shards):05d}.safetensors"
+        aside = file.with_suffix(".partial")
+        save_file({"latents": torch.stack(latents), "text": torch.stack(texts)}, aside,
+                  metadata={"keys": json.dumps(keys), "captions": json.dumps(captions)})
+        aside.rename(file)
+        self.shards.append((file, len(keys)))
+        self.rows = []
+
+    def close(self, null_text: torch.Tensor, made_by: dict) -> bool:
+        """End this part; the last part to end writes the manifest. True if that was this one."""
+        self.flush()
+        rows = [{"name": file.name, "clips": count, "bytes": file.stat().st_size, "sha256": checksum(file)}
+                for file, count in self.shards]
+        if self.part == 0:
+            save_file({"text": null_text.cpu().contiguous()}, self.folder / "null_text.safetensors")
+        write_text(self.folder / f"part-{self.part}-of-{self.parts}.json", json.dumps(rows))
+        others = [self.folder / f"part-{part}-of-{self.parts}.json" for part in range(self.parts)]
+        if not all(file.exists() for file in others):
+            return False
+        shards = [row for file in others for row in json.loads(file.read_text())]
+        if shards:
+            with safe_open(self.folder / shards[0]["name"], "pt") as file:
+                shapes = {f"{kind}_shape": file.get_slice(name).get_shape()[1:] for kind, name in
+                          (("latent", "latents"), ("text", "text"))}
+            write_text(self.folder / "manifest.json", json.dumps(
+                {"clips": sum(row["clips"] for row in shards), **shapes, "made_by": made_by, "shards": shards}, indent=1))
+        return True
+
+
+def write_text(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + f".{os.getpid()}.partial")
+    aside.write_text(text)
+    aside.rename(path)
+
+
+def checksum(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read_clip(file: Path, frames: int, height: int, width: int, fps: float) -> torch.Tensor:
+    """The start of a video at another frame rate and size: (frames, 3, height, width) uint8, the nearest frame in time at
+    every instant. Raises ValueError if it is too short."""
+    rate = imageio.immeta(file).get("fps") or 1000 / (imageio.immeta(file).get("duration") or 1000 / fps)
+    wanted, video = [round(i * rate / fps) for i in range(frames)], []
+    for i, frame in enumerate(imageio.imiter(file)):
+        video += [fit_frame(frame, height, width)] * wanted.count(i)
+        if len(video) == frames:
+            return torch.stack(video)
+    raise ValueError(f"too short: {len(video)} of {frames} frames at {fps:g} a second")
+
+
+def encode(args, parser) -> None:
+    """Clips and captions of a folder -> shards of latents and prompt features, by Wan's own encoders."""
+    import distributed
+    import wan                                       # above this file: only this command needs it
+    if (args.frames - 1) % 4 or args.height % 16 or args.width % 16:
+        parser.error(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and --width {args.width} multiples of 16")
+    files = sorted(file for file in args.videos.iterdir() if file.suffix.lower() in SUFFIXES) if args.videos.is_dir() else []
+    captions, problems = read_captions(args.videos, {file.name for file in files}) if files else ({}, [])
+    if not files:
+        parser.error(f"--videos {args.videos}: no video ({', '.join(SUFFIXES)}) is there")
+    part, parts = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    device, dtype = distributed.pick_device(args.device), getattr(torch, args.dtype)
+    writer = ShardWriter(args.out, part, parts, args.clips_per_shard)
+    codec, text = wan.Codec(args.base, device), wan.Text(args.base, device, args.text_length)
+    skipped = 0
+    for file in tqdm([f for f in files[part::parts] if f.name not in writer.done], desc="encode", disable=part > 0):
+        try:
+            if not captions.get(file.name):
+                raise ValueError("no caption")
+            video = read_clip(file, args.frames, args.height, args.width, args.fps)
+        except DECODER_ERRORS as error:
+            problems.append(f"{file.name}: {(str(error) or type(error).__name__).splitlines()[0]}")
+            skipped += 1
+            continue
+        latents = codec.encode(video[None].float() / 127.5 - 1)[0]
+        writer.add(file.name, latents.to(dtype), text([captions[file.name]])[0].to(dtype), captions[file.name])
+    for problem in problems:
+        print(f"skipped {problem}", file=sys.stderr)
+    made_by = {name: str(value) for name, value in vars(args).items() if name not in ("what", "shards")}
+    last = writer.close(text([wan.NEGATIVE_PROMPT])[0].to(dtype), made_by)
+    print(f"{args.out}: part {part + 1} of {parts}, {len(writer.done)} clips, {skipped} skipped"
+          + ("; the manifest is written" if last and writer.done else ""))
+    if not writer.done and parts == 1:
+        raise SystemExit(f"no usable clip in {args.videos}: see the lines above")
+
+
+def check(args, parser) -> None:
+    shards = Shards(args.shards)
+    for shard in tqdm(shards.manifest["shards"], desc="check"):
+        if checksum(args.shards / shard["name"]) != shard["sha256"]:
+            raise ValueError(f"{args.shards / shard['name']}: is not what was written (checksum); delete it and run the command "
+                             f"that made the shards again")
+    print(f"{args.shards}: {len(shards)} clips, latents {shards.latent_shape}, prompts {shards.text_shape}: all as written")
+
+
+def main(argv=None) -> None:
+    parser = cli.Parser("Videos to shards of latents, for training on Wan.",
+                        "python data.py encode --videos clips --base Wan2.1-T2V-1.3B-Diffusers --out shards")
+    parser.add_argument("what", type=cli.choice(("encode", "check")), help="encode videos, or check the shards of a folder")
+    parser.add_argument("shards", type=Path, nargs="?", help="check: the folder of shards")
+    parser.add_argument("--videos", type=Path, help="folder of mp4, gif, mov, webm with captions in .txt files or a .jsonl")
+    parser.add_argument("--base", type=Path, help="Wan2.1 pipeline folder: tokenizer, text encoder and autoencoder")
+    parser.add_argument("--out", type=Path, help="folder of the shards; the same command again goes on there")
+    parser.add_argument("--frames", type=int, default=81, help="pixel frames, 4 n + 1 (default 81)")
+    parser.add_argument("--height", type=int, default=480, help="pixels, a multiple of 16 (default 480)")
+    parser.add_argument("--width", type=int, default=832, help="pixels, a multiple of 16 (default 832)")
+    parser.add_argument("--fps", type=float, default=16, help="frame rate that clips are brought to (default 16)")
+    parser.add_argument("--text-length", type=int, default=512, help="tokens of a prompt (default 512)")
+    parser.add_argument("--clips-per-shard", type=int, default=64, help="(default 64)")
+    parser.add_argument("--dtype", type=cli.choice(("bfloat16", "float16", "float32")), default="bfloat16", metavar="NAME",
+                        help="type on disk: bfloat16, float16 or float32 (default bfloat16)")
+    parser.add_argument("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
+                        help="auto, cpu or cuda (default auto)")
+    args = parser.parse(argv)
+    for name in ("videos", "base", "out") if args.what == "encode" else ("shards",):
+        if not getattr(args, name):
+            parser.error(f"{args.what} needs {'--' if args.what == 'encode' else 'the folder of the '}{name}")
+    try:
+        (encode if args.what == "encode" else check)(args, parser)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,24 +20,26 @@ class World:
         return self.rank == 0
 
 
-def start(device: str = "auto") -> World:
-    """Join the processes that torchrun started, or be a world of one. device: auto (a GPU if there is one), cpu, cuda.
-
-    Raises ValueError when a GPU is asked for and none is there.
-    """
+def pick_device(device: str = "auto") -> torch.device:
+    """auto (this process's GPU if there is one), cpu or cuda. Raises ValueError when a GPU is asked for and none is there."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {device!r}: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: torch sees no GPU here; leave --device out, or say --device cpu")
     use_gpu = torch.cuda.is_available() and device != "cpu"
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if use_gpu:
-        torch.cuda.set_device(local_rank)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_gpu else torch.device("cpu")
+
+
+def start(device: str = "auto") -> World:
+    """Join the processes that torchrun started, or be a world of one. Errors as for `pick_device`."""
+    picked = pick_device(device)
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-        dist.init_process_group("nccl" if use_gpu else "gloo", **alone)
-    return World(rank, size, torch.device("cuda", local_rank) if use_gpu else torch.device("cpu"))
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", **alone)
+    return World(rank, size, picked)
 
 
 def stop() -> None:

@@ -205,7 +205,7 @@ def main(argv=None) -> None:
                     row["fd_chunks"] = [Frechet.distance(space.statistics(part), real) for part, (space, real) in
                                         zip(piece.split(lengths, 1), chunk_spaces)]
                 rows.append(row)
-            pictures.setdefault(label, []).append(clips[:: max(1, len(dataset.captions) // 8)][:8])
+            pictures.setdefault(label, []).append(clips[:: len(dataset.captions) // 8 + 1][:8])
             bar.update(args.length * steps * (2 - pipelines[folder].network.config.second_time))
     bar.close()
 

@@ -139,7 +139,7 @@ def given_latents(pipeline: checkpoint.Pipeline, path: Path, is_image: bool, chu
     size, each = pipeline.config["size"], pipeline.codec.patch[0]
     try:
         frames = [iio.imread(path)] * each if is_image else list(iio.imiter(path))
-    except (OSError, RuntimeError, ValueError, SyntaxError, IndexError) as error:     # what decoders raise
+    except data.DECODER_ERRORS as error:
         raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0] if str(error) else 'no reason given'})") from None
     ends = [sum(chunks[: i + 1]) for i in range(len(chunks) - 1)]
     whole = max((end for end in ends if end * each <= len(frames)), default=0)
@@ -148,7 +148,7 @@ def given_latents(pipeline: checkpoint.Pipeline, path: Path, is_image: bool, chu
                          f"to generate")
     if whole * each < len(frames) and not is_image:
         print(f"{path}: {whole * each} of its {len(frames)} frames are used, {ends.index(whole) + 1} whole chunks")
-    video = torch.stack([data.fit_frame(frame, size) for frame in frames[: whole * each]])
+    video = torch.stack([data.fit_frame(frame, size, size) for frame in frames[: whole * each]])
     return pipeline.codec.encode(video[None].float() / 127.5 - 1)
 
 

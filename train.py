@@ -42,7 +42,7 @@ STAGES = ("pretrain", "flowmap", "distill")
 class Config:
     stage: str = flag("pretrain", "which stage to train", choices=STAGES)
     preset: str = flag("toy", "size of the network and its recipe", choices=("tiny", "toy"))
-    data: str = flag("shapes", "toy set 'shapes' or 'digits', or a folder of mp4/gif clips with captions")
+    data: str = flag("shapes", "toy set 'shapes', 'loop' (shapes that come back in) or 'digits', or a folder of mp4/gif clips with captions")
     run_dir: str = flag("", "folder of the run; stages are folders in it (default runs/PRESET-DATA, or "
                         "runs/PRESET-DATA-causal)")
     frames: int = flag(8, "frames of a clip")
@@ -324,7 +324,7 @@ def train(c: Config) -> Path:
         record = {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
                   "vocabulary": words.vocabulary, "text_length": words.length, "latent_shape": latent_shape,
                   "chunks": all_chunks}
-        checkpoint.write_text(stage / "config.json", json.dumps(record, indent=1))
+        data.write_text(stage / "config.json", json.dumps(record, indent=1))
         log_path = stage / "log.jsonl"
         rows = log_path.read_text().splitlines() if log_path.exists() else []
         log_path.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= first))

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from distributed import generator  # noqa: E402
 from flowmap import time_grid  # noqa: E402
 from model import FlowMapDiT, ModelConfig  # noqa: E402
+from wan import their_name  # noqa: E402
 
 SMALL = ModelConfig(dim=48, heads=4, layers=2, ffn_dim=80, channels=6, patch=2, text_dim=20, freq_dim=32)
 FILE = Path(__file__).with_name("golden.safetensors")
@@ -44,26 +45,6 @@ def inputs(config=SMALL, batch=2, frames=3, seed=0, sides=(4, 2)):
     return z, t, t * torch.rand(batch, generator=g), torch.randn(batch, 5, config.text_dim, generator=g)
 
 
-def diffusers_names(state: dict) -> dict:
-    """Our tensors under the names of the public Diffusers layout."""
-    rename = (("far_patch_embed.", "far_patch_embedding."), ("patch_embed.", "patch_embedding."),
-              ("time_embed.up", "condition_embedder.time_embedder.linear_1"),
-              ("time_embed.down", "condition_embedder.time_embedder.linear_2"),
-              ("r_embed.up", "condition_embedder.delta_embedder.linear_1"),
-              ("r_embed.down", "condition_embedder.delta_embedder.linear_2"),
-              ("time_proj", "condition_embedder.time_proj"), ("text_embed.up", "condition_embedder.text_embedder.linear_1"),
-              ("text_embed.down", "condition_embedder.text_embedder.linear_2"), ("self_attn", "attn1"),
-              ("cross_attn", "attn2"), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".out.", ".to_out.0."),
-              ("norm_cross", "norm2"), ("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"),
-              ("head_modulation", "scale_shift_table"), ("modulation", "scale_shift_table"), ("head.", "proj_out."))
-    out = {}
-    for name, value in state.items():
-        for ours, theirs in rename:
-            name = name.replace(ours, theirs)
-        out[name] = value
-    return out
-
-
 def theirs(config, **extra):
     """Diffusers' network with the weights of `network(config)`."""
     import diffusers
@@ -73,7 +54,7 @@ def theirs(config, **extra):
                attention_head_dim=config.dim // config.heads, in_channels=config.channels, out_channels=config.channels,
                text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.layers,
                cross_attn_norm=True, **extra)
-    net.load_state_dict(diffusers_names(network(config).state_dict()))
+    net.load_state_dict({their_name(name, "diffusers"): p for name, p in network(config).state_dict().items()})
     return net.eval()
 
 

@@ -1,4 +1,4 @@
-"""data.py: clips are pure functions of (seed, index), can be read back, and survive the two stand-in encoders."""
+"""data.py, toys.py: clips are pure functions of (seed, index), can be read back, and survive the two stand-in encoders."""
 import json
 from pathlib import Path
 
@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from data import DIRECTIONS, Folder, open_data
+from data import Folder, open_data
 from encoders import PatchPCA, Words
+from toys import DIRECTIONS
 
-TOYS = ("shapes", "digits")
+TOYS = ("shapes", "loop", "digits")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +80,7 @@ def test_readers_bear_mild_noise_and_degenerate_clips(name):
 @pytest.mark.parametrize("name", TOYS)
 def test_captions_cover_the_attributes_and_can_be_chosen(name):
     data = open_data(name)
-    assert len(set(data.captions)) == len(data.captions) == {"shapes": 48, "digits": 40}[name]
+    assert len(set(data.captions)) == len(data.captions) == {"shapes": 48, "loop": 48, "digits": 40}[name]
     video, captions = data.clips(range(len(data.captions)), captions=data.captions)
     assert captions == data.captions
     truth = data.labels(captions)

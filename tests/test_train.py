@@ -205,7 +205,7 @@ def test_later_stages_inherit_the_data(tmp_path):
     (["--stage", "flowmap"], "starts from stage pretrain.*First run:.*--stage pretrain"),
     (["--stage", "distill"], "starts from stage flowmap.*First run:.*--stage flowmap"),
     (["--batch-size", "5", "--micro-batch", "2"], "not a multiple of 2"),
-    (["--data", "shape"], "choose shapes, digits"),
+    (["--data", "shape"], "choose shapes, loop, digits"),
     (["--frames", "7"], "divisible by the patch"),
 ])
 def test_what_cannot_work_says_what_to_do(tmp_path, flags, message):

@@ -1,0 +1,208 @@
+"""Weights in the public layouts, in and out, on tiny random models; and the real sizes on the meta device."""
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import backward_sim
+import checkpoint
+import wan
+from flowmap import conditioned, euler_sample, time_grid
+from golden import CAUSAL, ROLLOUT, ROLLOUT_SIDES, SMALL, inputs, network
+from model import PRESETS, Context, FlowMapDiT, remember
+
+PLAIN = replace(SMALL, second_time=False)
+WAN_CONFIGS = {"wan-1.3b": dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+               "wan-14b": dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)}
+
+
+def state_of(config) -> dict:
+    return {name: tensor.clone() for name, tensor in network(config).state_dict().items()}
+
+
+def renamed(config, layout: str) -> dict:
+    return {wan.their_name(name, layout): tensor for name, tensor in state_of(config).items()}
+
+
+def finished_stage(folder, config, chunks=(3,), **settings):
+    """A stage as train.py leaves it, of random weights."""
+    folder.mkdir(parents=True)
+    checkpoint.save_model(folder, state_of(config), config, is_main=True)
+    record = {"config": {"shift": 5.0, "full_chunks": 3, **settings}, "chunks": list(chunks)}
+    (folder / "config.json").write_text(json.dumps(record))
+    return folder
+
+
+def same(state, expected: dict):
+    assert set(state) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+
+
+@pytest.fixture
+def heads(tmp_path):
+    """Tiny models have other heads than 128 wide: config.json says so."""
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": SMALL.heads}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("layout", wan.LAYOUTS)
+@pytest.mark.parametrize("wrapped", ["bare", "model.", "generator_ema"])
+def test_both_layouts_load_bare_and_wrapped(heads, layout, wrapped):
+    tensors = renamed(PLAIN, layout)
+    if wrapped == "generator_ema":
+        path = heads / "weights.pt"
+        torch.save({"generator": {}, "generator_ema": {f"model.{name}": t for name, t in tensors.items()}, "step": 3}, path)
+    else:
+        path = heads / "weights.safetensors"
+        save_file({wrapped.replace("bare", "") + name: t for name, t in tensors.items()}, path)
+    config, state = wan.load(path)
+    assert config == PLAIN
+    same(state, state_of(PLAIN))
+    net = FlowMapDiT(config)
+    checkpoint.load_weights(net, state, path)
+    same(net.state_dict(), state_of(PLAIN))
+
+
+def test_shards_with_an_index_load_and_a_missing_one_is_named(heads):
+    tensors = renamed(SMALL, "diffusers")
+    half = len(tensors) // 2
+    parts = dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])
+    index = {name: f"part-{i}.safetensors" for i, part in enumerate(parts) for name in part}
+    for i, part in enumerate(parts):
+        save_file(part, heads / f"part-{i}.safetensors")
+    (heads / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    config, state = wan.load(heads)
+    assert config == SMALL
+    same(state, state_of(SMALL))
+    (heads / "part-1.safetensors").unlink()
+    with pytest.raises(ValueError, match="names 2 files, of which part-1.safetensors are missing"):
+        wan.load(heads)
+
+
+def test_plain_weights_become_a_flow_map_and_a_causal_one(heads):
+    save_file(renamed(PLAIN, "wan"), heads / "weights.safetensors")
+    config, state = wan.load(heads, second_time=True, compressed=True)
+    assert config == CAUSAL
+    net, plain = FlowMapDiT(config).requires_grad_(False), network(PLAIN)
+    checkpoint.load_weights(net, state, heads)
+    z, t, _, text = inputs()
+    torch.testing.assert_close(net(z, t, t, text), plain(z, t, t, text), rtol=1e-4, atol=1e-5)
+    assert torch.equal(net.far_patch_embed.bias, plain.patch_embed.bias)
+    # And back: what is not asked for is left out.
+    save_file(renamed(CAUSAL, "diffusers"), heads / "weights.safetensors")
+    config, state = wan.load(heads, second_time=False, compressed=False)
+    assert config == PLAIN and not any("r_embed" in name or "far" in name for name in state)
+
+
+@pytest.mark.parametrize("case, message", [
+    ("missing", "tensor blocks.1.ffn.net.2.bias is missing"), ("left over", "tensor extra.weight, of shape .2, 2., is not of this"),
+    ("shape", r"tensor blocks.0.attn1.to_q.weight has shape \(48, 47\), expected \(48, 48\)"),
+    ("truncated", "weights.safetensors: truncated, or not a file of weights"), ("other", "neither Diffusers' nor Wan's names"),
+    ("pickle", "holds more than tensors, which could run code"), ("empty", "expected one .safetensors, .pt or .pth file")])
+def test_wrong_files_are_named(heads, case, message):
+    tensors, path = renamed(SMALL, "diffusers"), heads / "weights.safetensors"
+    if case == "missing":
+        del tensors["blocks.1.ffn.net.2.bias"]
+    elif case == "left over":
+        tensors["extra.weight"] = torch.zeros(2, 2)
+    elif case == "shape":
+        tensors["blocks.0.attn1.to_q.weight"] = torch.zeros(48, 47)
+    elif case == "other":
+        tensors = {"a": torch.zeros(1)}
+    if case == "pickle":
+        torch.save({"model": print}, heads / "weights.pt")
+    elif case != "empty":
+        save_file(tensors, path)
+    if case == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=message):
+        wan.load(heads)
+
+
+@pytest.mark.parametrize("preset", list(WAN_CONFIGS))
+def test_every_tensor_of_real_wan_has_its_place(preset):
+    """Names and shapes as Diffusers makes them from the published configs: none missing, none left over."""
+    diffusers = pytest.importorskip("diffusers", minversion="0.42")
+    with torch.device("meta"):
+        theirs = diffusers.WanTransformer3DModel(**WAN_CONFIGS[preset], cross_attn_norm=True)
+        ours = FlowMapDiT(replace(PRESETS[preset], second_time=False))
+    expected = {name: p.shape for name, p in theirs.named_parameters()}
+    assert {wan.their_name(name, "diffusers"): p.shape for name, p in ours.named_parameters()} == expected
+    names = [wan.their_name(name, "wan") for name, _ in ours.named_parameters()]
+    assert len(set(names)) == len(names) and all(names)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_exported_model_samples_alike_in_diffusers(tmp_path, causal, steps):
+    """Load, export, load in Diffusers, load here again: the same tensors, and the same latents step by step."""
+    diffusers = pytest.importorskip("diffusers", minversion="0.42")
+    config, chunks, sides = (ROLLOUT, (1, 2, 1, 1), ROLLOUT_SIDES) if causal else (SMALL, (3,), (4, 2))
+    frames = sum(chunks)
+    folder = wan.export(finished_stage(tmp_path / "distill", config, chunks), tmp_path / "out")
+    same(wan.load(folder)[1], state_of(config))
+    assert wan.load(folder)[0] == config
+    pipe = (diffusers.AnyFlowFARPipeline if causal else diffusers.AnyFlowPipeline).from_pretrained(
+        folder, text_encoder=None, tokenizer=None, vae=None)
+    pipe.set_progress_bar_config(disable=True)
+    same(dict(pipe.transformer.named_parameters()), renamed(config, "diffusers"))
+    z, _, _, text = inputs(config, 1, frames, sides=sides)
+    seen = []
+    options = {} if causal else {"callback_on_step_end": lambda pipe, i, t, kw: seen.append(kw["latents"]) or kw}
+    theirs = pipe(prompt_embeds=text, latents=z.transpose(1, 2), height=8 * z.shape[3], width=8 * z.shape[4],
+                  num_frames=4 * (frames - 1) + 1, num_inference_steps=steps, output_type="latent", **options).frames
+    theirs = theirs if theirs.shape == z.shape else theirs.transpose(1, 2)
+    net, grid = network(config), time_grid(steps, 5.0)
+    if causal:
+        jump = lambda z, context: euler_sample(conditioned(net, context), z, grid)
+        write = lambda context, z_0: remember(net, context, z_0, 3)
+        ours = torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(text), z, chunks)), 1)
+    else:
+        ours = z
+        for i, (t, r) in enumerate(zip(grid, grid[1:])):
+            ours = ours - (t - r) * net(ours, torch.tensor([t]), torch.tensor([r]), text)
+            assert (ours - seen[i]).abs().max() < 1e-4 * ours.std()
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.std()
+
+
+def test_export_refuses_what_diffusers_cannot_hold(tmp_path):
+    with pytest.raises(ValueError, match="output_skip 1.0"):
+        wan.export(finished_stage(tmp_path / "toy", PRESETS["tiny"]), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"second_time False \(True: stage flowmap or distill\)"):
+        wan.export(finished_stage(tmp_path / "plain", PLAIN), tmp_path / "out")
+    with pytest.raises(ValueError, match="--full-chunks above 0"):
+        wan.export(finished_stage(tmp_path / "full", SMALL, (1, 2)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        wan.export(finished_stage(tmp_path / "good", SMALL), tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_export_takes_the_other_parts_from_the_base(tmp_path):
+    base, stage = tmp_path / "base", finished_stage(tmp_path / "distill", SMALL)
+    for name in ("text_encoder", "tokenizer", "vae"):
+        (base / name).mkdir(parents=True)
+        (base / name / "config.json").write_text(name)
+    (base / "model_index.json").write_text(json.dumps({"text_encoder": ["transformers", "UMT5EncoderModel"],
+                                                       "tokenizer": ["transformers", "T5TokenizerFast"],
+                                                       "vae": ["diffusers", "AutoencoderKLWan"]}))
+    linked, copied = wan.export(stage, tmp_path / "a", base), wan.export(stage, tmp_path / "b", base, copy=True)
+    assert (linked / "vae").is_symlink() and not (copied / "vae").is_symlink()
+    assert (linked / "vae" / "config.json").read_text() == (copied / "vae" / "config.json").read_text() == "vae"
+    assert json.loads((copied / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKLWan"]
+
+
+def test_command_line(heads, capsys):
+    save_file(renamed(PLAIN, "wan"), heads / "weights.safetensors")
+    wan.main(["show", str(heads)])
+    assert f"{sum(t.numel() for t in state_of(PLAIN).values()):,} parameters" in capsys.readouterr().out
+    for flags, message in ((["show", "nowhere"], "found none"), (["export", str(heads)], "needs --to"),
+                           (["exprot", "x"], "did you mean export"), (["export", "nowhere", "--to", "x"], "is not there")):
+        with pytest.raises(SystemExit) as error:
+            wan.main(flags)
+        assert error.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,327 @@
+"""The bridge to the real world: Wan2.1 and AnyFlow weights in, weights for Diffusers out (METHOD section 3).
+
+    python wan.py show PATH                          what a file or folder of weights holds
+    python wan.py export RUN/STAGE --to DIR          a folder that Diffusers' AnyFlowPipeline opens
+
+Read: safetensors (one file, or shards with an index) and .pt / .pth with tensors only (weights_only=True: no code in a file
+is ever run), in the layout of Diffusers or Wan's own, bare or under an entry such as `generator_ema`.
+"""
+import html
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import checkpoint
+import cli
+from model import FlowMapDiT, ModelConfig, compressed_patch_embed
+
+# Every module by name: ours, Diffusers', Wan's own ('' where a layout has no such tensor).
+TOP = (
+    ("patch_embed", "patch_embedding", "patch_embedding"),
+    ("far_patch_embed", "far_patch_embedding", ""),
+    ("time_embed.up", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("time_embed.down", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("r_embed.up", "condition_embedder.delta_embedder.linear_1", ""),
+    ("r_embed.down", "condition_embedder.delta_embedder.linear_2", ""),
+    ("time_proj", "condition_embedder.time_proj", "time_projection.1"),
+    ("text_embed.up", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("text_embed.down", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("head_modulation", "scale_shift_table", "head.modulation"),
+    ("head", "proj_out", "head.head"),
+)
+BLOCK = (
+    *((f"{attn}.{ours}", f"{theirs}.{to}", f"{attn}.{wan}") for attn, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+      for ours, to, wan in (("q", "to_q", "q"), ("k", "to_k", "k"), ("v", "to_v", "v"), ("out", "to_out.0", "o"),
+                            ("norm_q", "norm_q", "norm_q"), ("norm_k", "norm_k", "norm_k"))),
+    ("norm_cross", "norm2", "norm3"),
+    ("ffn.up", "ffn.net.0.proj", "ffn.0"),
+    ("ffn.down", "ffn.net.2", "ffn.2"),
+    ("modulation", "scale_shift_table", "modulation"),
+)
+LAYOUTS = ("diffusers", "wan")
+ENTRIES = ("generator_ema", "ema", "generator", "model", "state_dict")      # of a training checkpoint, the first that is there
+
+
+def their_name(name: str, layout: str) -> str:
+    """Our tensor's name in a layout; '' where that layout has none. name: of a parameter of FlowMapDiT."""
+    prefix, table = "", TOP
+    if name.startswith("blocks."):
+        _, number, name = name.split(".", 2)
+        prefix, table = f"blocks.{number}.", BLOCK
+    for ours, *theirs in table:
+        if name == ours or name.startswith(ours + "."):
+            theirs = theirs[LAYOUTS.index(layout)]
+            return theirs and prefix + theirs + name[len(ours):]
+    raise AssertionError(f"no row for {name}")
+
+
+class Tensors(Mapping):
+    """Named tensors that are read when they are asked for, one at a time."""
+
+    def __init__(self, readers: dict, shapes: dict):
+        self.readers, self.shapes = readers, shapes
+
+    def __getitem__(self, name) -> torch.Tensor:
+        return self.readers[name]()
+
+    def __iter__(self):
+        return iter(self.readers)
+
+    def __len__(self):
+        return len(self.readers)
+
+
+def open_tensors(path: Path) -> Tensors:
+    """The tensors of a file or folder, under the names they have there. Raises ValueError for what cannot be read."""
+    files = weight_files(path)
+    readers, shapes = {}, {}
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                handle = safe_open(file, "pt")
+                for name in handle.keys():
+                    readers[name] = lambda handle=handle, name=name: handle.get_tensor(name)
+                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+            else:
+                found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                while (entry := next((e for e in ENTRIES if isinstance(found.get(e), dict)), None)):
+                    found = found[entry]
+                for name, tensor in found.items():
+                    if isinstance(tensor, torch.Tensor):
+                        readers[name] = lambda tensor=tensor: tensor
+                        shapes[name] = tuple(tensor.shape)
+        except (SafetensorError, RuntimeError, OSError, EOFError, AttributeError) as error:
+            raise ValueError(f"{file}: truncated, or not a file of weights ({str(error).splitlines()[0]})") from None
+        except Exception as error:                               # the unpickler's own, which torch exposes by this name only
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            raise ValueError(f"{file}: holds more than tensors, which could run code when it is read; convert it to "
+                             f"safetensors where it came from") from None
+    strip = [prefix for prefix in ("model.", "module.") if readers and all(name.startswith(prefix) for name in readers)]
+    def plain(name):
+        return name.removeprefix(strip[0] if strip else "").replace("_fsdp_wrapped_module.", "")
+    return Tensors({plain(n): r for n, r in readers.items()}, {plain(n): s for n, s in shapes.items()})
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of a model: `path` itself, or those of a folder (or of its folder `transformer`), by the index if any."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise ValueError(f"{index} names {len(names)} files, of which {', '.join(missing)} are missing")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors")) or sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
+    if len(files) != 1:
+        raise ValueError(f"{folder}: expected one .safetensors, .pt or .pth file, or shards with an index; found "
+                         f"{', '.join(f.name for f in files) or 'none'}")
+    return files
+
+
+def read_config(path: Path) -> dict:
+    """config.json beside the weights, or {}."""
+    path = Path(path)
+    folder = path.parent if path.is_file() else path / "transformer" if (path / "transformer").is_dir() else path
+    return json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+
+
+def load(path, second_time: bool | None = None, compressed: bool | None = None) -> tuple[ModelConfig, Mapping]:
+    """(config, state) of the weights at `path`: state has our names and reads each tensor when it is asked for, so that
+    `checkpoint.load_weights` never holds more than the network and one tensor.
+
+    second_time, compressed: ask for a flow map, or a causal network with compressed chunks. Where the weights have no such
+    tensors they start as the method says: the second time embedder as a copy of the first, the compressed patch
+    embedding as the interpolated one. None: as the weights are. False: leave them out.
+    Raises ValueError that names the file, or the first tensor that is missing, left over, or of another shape.
+    """
+    tensors, record = open_tensors(Path(path)), read_config(path)
+    names = next((dict(zip(LAYOUTS, n)) for n in (("condition_embedder.time_embedder.linear_1.weight", "time_embedding.0.weight"),)))
+    layout = next((layout for layout, name in names.items() if name in tensors), None)
+    if layout is None:
+        some = ", ".join(sorted(tensors)[:3])
+        raise ValueError(f"{path}: neither Diffusers' nor Wan's names ({len(tensors)} tensors: {some} ...)")
+
+    def shape(ours):
+        name = their_name(ours, layout)
+        if name not in tensors.shapes:
+            raise ValueError(f"{path}: tensor {name} is missing")
+        return tensors.shapes[name]
+    patch, up = shape("patch_embed.weight"), shape("time_embed.up.weight")
+    has = {flag: bool(their_name(name, layout)) and their_name(name, layout) in tensors
+           for flag, name in (("second_time", "r_embed.up.weight"), ("compressed", "far_patch_embed.weight"))}
+    want = {"second_time": has["second_time"] if second_time is None else second_time,
+            "compressed": has["compressed"] if compressed is None else compressed}
+    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
+    config = ModelConfig(dim=patch[0], heads=record.get("num_attention_heads", record.get("num_heads", patch[0] // 128)),
+                         layers=max(blocks, default=-1) + 1, ffn_dim=shape("blocks.0.ffn.up.weight")[0], channels=patch[1],
+                         patch=patch[-1], text_dim=shape("text_embed.up.weight")[1], freq_dim=up[1],
+                         gate=record.get("gate_value", 0.25), **want)
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in FlowMapDiT(config).named_parameters()}
+    theirs = {name: their_name(name, layout) for name in expected}
+    made = {name for name in expected if name.startswith("r_embed.") and not has["second_time"]
+            or name.startswith("far_patch_embed.") and not has["compressed"]}
+    for name, other in theirs.items():
+        if name not in made:
+            if other not in tensors:
+                raise ValueError(f"{path}: tensor {other} is missing")
+            if tensors.shapes[other] != expected[name]:
+                raise ValueError(f"{path}: tensor {other} has shape {tensors.shapes[other]}, expected {expected[name]}")
+    with torch.device("meta"):
+        everything = FlowMapDiT(replace(config, second_time=True, compressed=True)).state_dict()
+    known = {their_name(name, layout) for name in everything}
+    for other in sorted(tensors.keys() - known):
+        raise ValueError(f"{path}: tensor {other}, of shape {tensors.shapes[other]}, is not of this network")
+
+    def reader(name):
+        if name not in made:
+            return lambda: tensors[theirs[name]]
+        if name.startswith("r_embed."):
+            return lambda: tensors[theirs[name.replace("r_embed.", "time_embed.")]]
+        part = name.removeprefix("far_patch_embed.")
+        return lambda: compressed_patch_embed({n: tensors[theirs[f"patch_embed.{n}"]] for n in ("weight", "bias")})[part]
+    return config, Tensors({name: reader(name) for name in expected}, expected)
+
+
+def export(stage, to, base=None, copy: bool = False) -> Path:
+    """Write a finished stage as a Diffusers pipeline folder: AnyFlowPipeline, or AnyFlowFARPipeline for a causal network.
+
+    base: a Wan pipeline folder whose text encoder, tokenizer and autoencoder are linked, or copied with `copy`. Raises
+    ValueError for a network that Diffusers' classes cannot hold (a toy one, or a teacher without a second time).
+    """
+    stage, to = Path(stage), Path(to)
+    network, state = checkpoint.load_model(stage)
+    c, record = network.config, json.loads((stage / "config.json").read_text())
+    if c.output_skip or c.time_scale != 1000 or not c.second_time:
+        raise ValueError(f"{stage}: Diffusers has no class for it: output_skip {c.output_skip} (must be 0), time_scale "
+                         f"{c.time_scale} (1000), second_time {c.second_time} (True: stage flowmap or distill)")
+    causal = len(record["chunks"]) > 1
+    if causal and not c.compressed:
+        raise ValueError(f"{stage}: Diffusers' causal class needs a compressed patch embedding (--full-chunks above 0)")
+    kind = "AnyFlowFARTransformer3DModel" if causal else "AnyFlowTransformer3DModel"
+    config = {"_class_name": kind, "patch_size": [1, c.patch, c.patch], "num_attention_heads": c.heads,
+              "attention_head_dim": c.dim // c.heads, "in_channels": c.channels, "out_channels": c.channels,
+              "text_dim": c.text_dim, "freq_dim": c.freq_dim, "ffn_dim": c.ffn_dim, "num_layers": c.layers,
+              "cross_attn_norm": True, "gate_value": c.gate, "deltatime_type": "r"}
+    if causal:
+        config |= {"compressed_patch_size": [1, 2 * c.patch, 2 * c.patch], "chunk_partition": record["chunks"],
+                   "full_chunk_limit": record["config"]["full_chunks"]}
+    index = {"_class_name": "AnyFlowFARPipeline" if causal else "AnyFlowPipeline", "transformer": ["diffusers", kind],
+             "scheduler": ["diffusers", "FlowMapEulerDiscreteScheduler"]}
+    parts = json.loads((Path(base) / "model_index.json").read_text()) if base else {}
+    if to.exists() and any(to.iterdir()):
+        raise ValueError(f"{to} is not empty: give a new folder")
+
+    def write(folder):
+        for name in ("text_encoder", "tokenizer", "vae"):
+            index[name] = parts.get(name, [None, None])
+            if base and copy:
+                shutil.copytree(Path(base) / name, folder / name)
+            elif base:
+                (folder / name).symlink_to((Path(base) / name).resolve(), target_is_directory=True)
+        (folder / "transformer").mkdir()
+        (folder / "scheduler").mkdir()
+        save_file({their_name(name, "diffusers"): tensor for name, tensor in state.items()},
+                  folder / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=1))
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
+            {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": record["config"]["shift"]}))
+        (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+    checkpoint.write_aside(to, write)
+    return to
+
+
+# What Wan was given as the empty prompt: the standard negative one of its authors.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
+    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+
+
+def extra(name: str):
+    """Import an optional package, or say how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"Wan's text encoder and autoencoder need {name}: pip install -r requirements-wan.txt") from None
+
+
+class Codec:
+    """Wan's video autoencoder, with the interface of encoders.PatchPCA: videos (B, T, 3, H, W) in [-1, 1] with T = 4 n + 1 to
+    latents (B, n + 1, C, H / 8, W / 8) of mean 0 and variance 1, and back."""
+
+    def __init__(self, base, device="cpu", tiling: bool = False):
+        self.vae = extra("diffusers").AutoencoderKLWan.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32)
+        self.vae = self.vae.to(device).eval().requires_grad_(False)
+        if tiling:
+            self.vae.enable_tiling()
+        self.mean, self.std = (torch.tensor(getattr(self.vae.config, name), device=device).view(1, -1, 1, 1, 1)
+                               for name in ("latents_mean", "latents_std"))
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        z = self.vae.encode(video.transpose(1, 2).to(self.mean.device)).latent_dist.mode()      # (B, C, F, h, w)
+        return ((z - self.mean) / self.std).transpose(1, 2).contiguous()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        z = latents.float().to(self.mean.device).transpose(1, 2) * self.std + self.mean
+        return self.vae.decode(z).sample.transpose(1, 2).clamp(-1, 1).cpu()
+
+
+class Text:
+    """Wan's text encoder: prompts -> features (B, length, D), zero after a prompt's last token. The weights rest on the CPU;
+    with `device` a GPU they visit it for each call."""
+
+    def __init__(self, base, device="cpu", length: int = 512):
+        transformers = extra("transformers")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(Path(base) / "tokenizer")
+        self.encoder = transformers.UMT5EncoderModel.from_pretrained(Path(base) / "text_encoder").eval().requires_grad_(False)
+        self.device, self.length = device, length
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        ftfy = extra("ftfy")
+        clean = [" ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split()) for caption in captions]
+        tokens = self.tokenizer(clean, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt",
+                                return_attention_mask=True)
+        encoder = self.encoder.to(self.device)
+        with torch.no_grad():
+            out = encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)).last_hidden_state
+        if torch.device(self.device).type != "cpu":
+            self.encoder.to("cpu")                               # 11 GB that the network needs more
+        return (out.float().cpu() * tokens.attention_mask[..., None])
+
+
+def main(argv=None) -> None:
+    parser = cli.Parser("Weights of Wan2.1 and AnyFlow, in and out.",
+                        "python wan.py export runs/wan/distill --to anyflow --base Wan2.1-T2V-1.3B-Diffusers")
+    parser.add_argument("what", type=cli.choice(("show", "export")), help="show: what a path holds; export: for Diffusers")
+    parser.add_argument("path", type=Path, help="a file or folder of weights; for export a finished stage, RUN/STAGE")
+    parser.add_argument("--to", type=Path, help="export: the new folder")
+    parser.add_argument("--base", type=Path, help="export: a Wan pipeline folder, for text encoder, tokenizer and autoencoder")
+    parser.add_argument("--copy", action="store_true", help="export: copy them from --base; the default is to link")
+    args = parser.parse(argv)
+    try:
+        if args.what == "show":
+            config, state = load(args.path)
+            count = sum(torch.Size(shape).numel() for shape in state.shapes.values())
+            print(f"{args.path}: {count:,} parameters in {len(state)} tensors, float32 {4 * count / 2**30:.1f} GiB\n{asdict(config)}")
+        else:
+            if not args.to:
+                parser.error("export needs --to DIR")
+            print(export(args.path, args.to, args.base, args.copy))
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -15,7 +15,7 @@ demo: .venv/ready
 	@echo "clips: $(RUN)/clips    figure: $(RUN)/eval/curve.png    table: $(RUN)/eval/table.md"
 
 demo-causal: .venv/ready
-	$(BIN)/python train.py --causal --stage pretrain --run-dir $(RUN)-causal --init $(RUN)/pretrain
+	$(BIN)/python train.py --causal --stage pretrain --run-dir $(RUN)-causal --base $(RUN)/pretrain
 	$(BIN)/python train.py --causal --stage flowmap --run-dir $(RUN)-causal
 	$(BIN)/python train.py --causal --stage distill --run-dir $(RUN)-causal
 	$(BIN)/python sample.py --run-dir $(RUN)-causal --prompts assets/prompts.txt --steps 4 --out $(RUN)-causal/clips/clip.mp4 --sheet $(RUN)-causal/clips/sheet.png

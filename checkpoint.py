@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-import encoders
 from data import write_text
 from model import FlowMapDiT, ModelConfig
 
@@ -154,24 +153,3 @@ def load_model(stage: Path) -> tuple[FlowMapDiT, dict]:
     network, state = FlowMapDiT(config), load_file(path)
     load_weights(network, state, path)
     return network, state
-
-
-@dataclass
-class Pipeline:
-    """What is needed to sample from a finished stage."""
-    network: FlowMapDiT
-    codec: encoders.PatchPCA
-    words: encoders.Words
-    config: dict                 # the stage's resolved training config
-    latent_shape: tuple          # (F, C, H, W)
-    chunks: tuple                # latent frames of each chunk; one chunk for a bidirectional model
-
-
-def load_pipeline(stage, device="cpu") -> Pipeline:
-    stage = Path(stage)
-    network, _ = load_model(stage)
-    record = json.loads((stage / "config.json").read_text())
-    codec = encoders.PatchPCA.from_state(load_file(stage / "codec.safetensors"))
-    words = encoders.Words(record["vocabulary"], network.config.text_dim, record["text_length"])
-    shape, config = tuple(record["latent_shape"]), record["config"]
-    return Pipeline(network.to(device).eval().requires_grad_(False), codec, words, config, shape, tuple(record["chunks"]))

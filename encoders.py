@@ -20,6 +20,7 @@ class PatchPCA:
     def __init__(self, mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, patch=(2, 4, 4)):
         self.mean, self.basis, self.scale = mean, basis, scale   # (P,), (P, C), ()
         self.patch = tuple(int(p) for p in patch)                # frames, rows, columns
+        self.pixels = self.patch[1]                              # of a latent, each way
 
     @classmethod
     def fit(cls, video: torch.Tensor, channels: int = 48, patch=(2, 4, 4)) -> "PatchPCA":
@@ -48,6 +49,14 @@ class PatchPCA:
         x = x.unflatten(4, (self.patch[0], 3, *self.patch[1:]))                     # (B, F, h, w, 2, 3, 4, 4)
         x = x.permute(0, 1, 4, 5, 2, 6, 3, 7)                                       # (B, F, 2, 3, h, 4, w, 4)
         return x.flatten(6, 7).flatten(4, 5).flatten(1, 2).clamp(-1, 1)
+
+    def frames(self, latents: int) -> int:
+        """Pixel frames of so many latent frames."""
+        return latents * self.patch[0]
+
+    def decoder(self):
+        """A function that decodes the chunks of a video one after the other."""
+        return self.decode
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"mean": self.mean, "basis": self.basis, "scale": self.scale, "patch": torch.tensor(self.patch)}
@@ -100,3 +109,17 @@ class Words:
 
 def split_words(caption: str) -> list[str]:
     return re.findall(r"\w+", caption.lower())
+
+
+class Encoded:
+    """A set of clips (data.py) behind the two stand-in encoders, with the interface of data.Shards."""
+
+    def __init__(self, dataset, codec: PatchPCA, words: Words):
+        self.dataset, self.codec, self.words = dataset, codec, words
+        self.null_text = words([""])[0]                                             # (T, D)
+        self.latent_shape = tuple(codec.encode(dataset.clips([0])[0]).shape[1:])    # (F, C, h, w)
+
+    def draw(self, indices, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, F, C, h, w) and prompt features (B, T, D) of clips that are functions of (seed, index)."""
+        video, captions = self.dataset.clips(indices, seed=seed)
+        return self.codec.encode(video), self.words(captions)

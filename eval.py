@@ -25,12 +25,11 @@ import imageio.v3 as iio
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import cli
 import data
 import distributed
 import flowmap
-from sample import SAMPLERS, contact_sheet, generate, to_pixels
+from sample import SAMPLERS, contact_sheet, generate, load_pipeline, to_pixels
 
 HELD_OUT = 1_000_000         # clip seeds from here on are never used in training
 TEACHER_STEPS = 50
@@ -145,7 +144,7 @@ def main(argv=None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     try:
         world = distributed.start(args.device)
-        pipelines = {folder: checkpoint.load_pipeline(folder, world.device) for _, folder, _ in models}
+        pipelines = {folder: load_pipeline(folder, world.device) for _, folder, _ in models}
         config = next(iter(pipelines.values())).config
         if args.length > 1 and any(len(p.chunks) == 1 for p in pipelines.values()):
             raise ValueError(f"--length {args.length} is for causal models only")
@@ -162,7 +161,7 @@ def main(argv=None) -> None:
     target = frechet.statistics(reference)
     # Pixel frames of each chunk of the first causal model; none if all are bidirectional.
     causal = next((p for p in pipelines.values() if len(p.chunks) > 1), None)
-    lengths = [frames * causal.codec.patch[0] for frames in causal.chunks] if causal else []
+    lengths = [causal.codec.frames(frames) for frames in causal.chunks] if causal else []
     chunk_spaces = [(space := Frechet(part), space.statistics(part)) for part in (reference.split(lengths, 1) if lengths else [])]
     real, captions = real_clips(1)
     floors = torch.tensor([Frechet.distance(frechet.statistics(real_clips(seed)[0]), target) for seed in range(1, 6)])

@@ -3,9 +3,10 @@
     python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4
     python sample.py --causal --prompt "a red circle moving left" --image start.png --frames 32 --stream
 """
+import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import imageio.v2
@@ -13,6 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import backward_sim
@@ -20,14 +22,57 @@ import checkpoint
 import cli
 import data
 import distributed
+import encoders
 import flowmap
-from model import Context, remember
+import wan
+from model import Context, FlowMapDiT, remember
 
 SAMPLERS = ("euler", "consistency")
 
 
+@dataclass
+class Pipeline:
+    """What is needed to sample."""
+    network: FlowMapDiT
+    codec: object                # encoders.PatchPCA or wan.Codec
+    words: object                # encoders.Words or wan.Text: prompts to features (B, T, D)
+    config: dict                 # of training: shift, guidance, full_chunks, ...
+    latent_shape: tuple          # (F, C, h, w)
+    chunks: tuple                # latent frames of each chunk; one chunk for a bidirectional model
+    null_prompt: str = ""        # what stands for no prompt
+
+
+def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int = 480, width: int = 832) -> Pipeline:
+    """The pipeline of a finished stage, RUN/STAGE, or of Wan or AnyFlow weights (see wan.load).
+
+    base: Wan2.1 pipeline folder with text encoder and autoencoder, for networks of Wan's latents. frames, height, width: of
+    the clips, in pixels, where the weights come without a run. Raises ValueError for weights that do not fit.
+    """
+    path = Path(path)
+    if (path / "model.safetensors").exists() or not path.exists():
+        network, _ = checkpoint.load_model(path)
+        record = json.loads((path / "config.json").read_text())
+    else:
+        model_config, state = wan.load(path)
+        network = FlowMapDiT(model_config)
+        checkpoint.load_weights(network, state, path)
+        own = wan.read_config(path)
+        shape = ((frames - 1) // 4 + 1, model_config.channels, height // 8, width // 8)
+        record = {"config": {"shift": 5.0, "guidance": 5.0, "full_chunks": own.get("full_chunk_limit", 3)}, "latent_shape": shape,
+                  "chunks": own.get("chunk_partition", shape[:1]) if model_config.compressed else shape[:1]}
+    network, shape = network.to(device).eval().requires_grad_(False), tuple(record["latent_shape"])
+    if "vocabulary" in record:
+        codec = encoders.PatchPCA.from_state(load_file(path / "codec.safetensors"))
+        words = encoders.Words(record["vocabulary"], network.config.text_dim, record["text_length"])
+        return Pipeline(network, codec, words, record["config"], shape, tuple(record["chunks"]))
+    if not base:
+        raise ValueError(f"{path} works on Wan's latents: give the folder of Wan's text encoder and autoencoder with --base")
+    return Pipeline(network, wan.Codec(base, device), wan.Text(base, device), record["config"], shape, tuple(record["chunks"]),
+                    wan.NEGATIVE_PROMPT)
+
+
 @torch.no_grad()
-def stream(pipeline: checkpoint.Pipeline, captions: list[str], seeds: list[int], grid: list[float],
+def stream(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
            sampler: str = "euler", guidance: float = 1.0, chunks=None, given: torch.Tensor | None = None, window: int = 0,
            prompt_at: dict[int, str] | None = None):
     """Yields clips piece by piece, (B, T of a chunk, 3, H, W) in [-1, 1] on the CPU, one clip for each caption and seed; a
@@ -51,7 +96,7 @@ def stream(pipeline: checkpoint.Pipeline, captions: list[str], seeds: list[int],
     prompts = {0: captions, **{m: [text] * len(captions) for m, text in (prompt_at or {}).items()}}
     # Keys and values of each prompt are made once, and again from the chunk on where it changes.
     texts = {m: pipeline.words(text) for m, text in prompts.items()}
-    null_text = net.read(pipeline.words([""] * len(captions)).to(device)) if guidance != 1 else None
+    null_text = net.read(pipeline.words([pipeline.null_prompt] * len(captions)).to(device)) if guidance != 1 else None
     z_1 = distributed.noise((sum(chunks), *pipeline.latent_shape[1:]), "sample", slots=seeds).to(device)
     renoise = distributed.generator("renoise", *seeds)
 
@@ -74,11 +119,12 @@ def stream(pipeline: checkpoint.Pipeline, captions: list[str], seeds: list[int],
                                  for context in contexts))
 
     contexts = with_prompt((Context(None), Context(null_text) if guidance != 1 else None))
+    decode = pipeline.codec.decoder()
     for z_0 in backward_sim.chunk_by_chunk(jump, write, contexts, z_1, chunks):
-        yield pipeline.codec.decode(z_0.cpu())
+        yield decode(z_0.cpu())
 
 
-def generate(pipeline: checkpoint.Pipeline, captions: list[str], seeds: list[int], grid: list[float],
+def generate(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
              sampler: str = "euler", guidance: float = 1.0, batch: int = 120, **options) -> torch.Tensor:
     """Whole clips (B, T, 3, H, W) in [-1, 1] on the CPU, `batch` at a time; arguments and errors as for `stream`.
 
@@ -121,34 +167,34 @@ def write_clip(path: Path, video: torch.Tensor, fps: int = 8) -> None:
         raise ValueError(f"{path}: the name must end in .mp4, .gif or .png")
 
 
-def chunks_for(pipeline: checkpoint.Pipeline, frames: int) -> tuple[int, ...]:
+def chunks_for(pipeline: Pipeline, frames: int) -> tuple[int, ...]:
     """Chunks, as trained and then on with the longest, for at least so many pixel frames."""
-    chunks, each = list(pipeline.chunks), pipeline.codec.patch[0]
-    while sum(chunks) * each < frames:
+    chunks, length = list(pipeline.chunks), pipeline.codec.frames
+    while length(sum(chunks)) < frames:
         chunks.append(max(chunks))
-    while len(chunks) > 1 and sum(chunks[:-1]) * each >= frames:
+    while len(chunks) > 1 and length(sum(chunks[:-1])) >= frames:
         chunks.pop()
     return tuple(chunks)
 
 
-def given_latents(pipeline: checkpoint.Pipeline, path: Path, is_image: bool, chunks) -> torch.Tensor:
+def given_latents(pipeline: Pipeline, path: Path, is_image: bool, chunks) -> torch.Tensor:
     """Latents (1, F, C, H, W) of the chunks that an image or the start of a video fills; at least one chunk is left.
 
     An image fills a first chunk of one latent frame. Raises ValueError for what cannot be read or is too short.
     """
-    size, each = pipeline.config["size"], pipeline.codec.patch[0]
+    length, ends = pipeline.codec.frames, [sum(chunks[: i + 1]) for i in range(len(chunks) - 1)]
     try:
-        frames = [iio.imread(path)] * each if is_image else list(iio.imiter(path))
+        frames = [iio.imread(path)] * length(1) if is_image else list(iio.imiter(path))
     except data.DECODER_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0] if str(error) else 'no reason given'})") from None
-    ends = [sum(chunks[: i + 1]) for i in range(len(chunks) - 1)]
-    whole = max((end for end in ends if end * each <= len(frames)), default=0)
+        raise ValueError(f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+    whole = max((end for end in ends if length(end) <= len(frames)), default=0)
     if not whole:
-        raise ValueError(f"{path}: {len(frames)} frames; the first chunk takes {chunks[0] * each}, and one more must be left "
-                         f"to generate")
-    if whole * each < len(frames) and not is_image:
-        print(f"{path}: {whole * each} of its {len(frames)} frames are used, {ends.index(whole) + 1} whole chunks")
-    video = torch.stack([data.fit_frame(frame, size, size) for frame in frames[: whole * each]])
+        raise ValueError(f"{path}: {len(frames)} frames; the first chunk takes {length(chunks[0])}, and one more must be left to "
+                         f"generate")
+    if length(whole) < len(frames):
+        print(f"{path}: {length(whole)} of its {len(frames)} frames are used, {ends.index(whole) + 1} whole chunks")
+    size = [side * pipeline.codec.pixels for side in pipeline.latent_shape[2:]]
+    video = torch.stack([data.fit_frame(frame, *size) for frame in frames[: length(whole)]])
     return pipeline.codec.encode(video[None].float() / 127.5 - 1)
 
 
@@ -167,6 +213,11 @@ def main(argv=None) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
     parser.add_argument("--run-dir", type=Path, help="the run (default runs/toy-shapes, or runs/toy-shapes-causal)")
     parser.add_argument("--causal", action="store_true", help="use the causal run runs/toy-shapes-causal")
+    parser.add_argument("--ckpt", type=Path, help="a finished stage RUN/STAGE, or Wan or AnyFlow weights, in place of --run-dir")
+    parser.add_argument("--base", type=Path, help="Wan2.1 pipeline folder: text encoder and autoencoder, for networks of Wan's "
+                        "latents")
+    parser.add_argument("--height", type=int, default=480, help="pixels, for weights without a run (default 480)")
+    parser.add_argument("--width", type=int, default=832, help="pixels, for weights without a run (default 832)")
     parser.add_argument("--stage", type=cli.choice(("pretrain", "flowmap", "distill")), metavar="NAME",
                         help="pretrain, flowmap or distill (default: the furthest that is finished)")
     parser.add_argument("--steps", type=int, default=4, help="network calls, any number from 1 up (default 4)")
@@ -178,7 +229,8 @@ def main(argv=None) -> None:
                         help="euler follows the flow map; consistency re-noises at each step (default euler)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none (default: 1 for a flow map, which has "
                         "it built in; for a teacher the scale that the flow map would be trained with)")
-    parser.add_argument("--frames", type=int, help="causal: pixel frames, rounded up to whole chunks (default: as trained)")
+    parser.add_argument("--frames", type=int, help="pixel frames: of a causal model, rounded up to whole chunks, or for weights without a "
+                        "run (default: as trained, or 81)")
     parser.add_argument("--image", type=Path, help="causal: the clip starts from this picture (image-to-video)")
     parser.add_argument("--video", type=Path, help="causal: the clip goes on from this one's whole chunks (video-to-video)")
     parser.add_argument("--prompt-at", nargs=2, action="append", default=[], metavar=("M", "PROMPT"),
@@ -213,10 +265,10 @@ def main(argv=None) -> None:
             parser.error(f"--{name} {path}: the name must end in {'.mp4, .gif or .png' if name == 'out' else '.png'}")
 
     run_dir = args.run_dir or Path("runs/toy-shapes-causal" if args.causal else "runs/toy-shapes")
-    stage = run_dir / args.stage if args.stage else newest_stage(run_dir)
+    stage = args.ckpt or (run_dir / args.stage if args.stage else newest_stage(run_dir))
     world = distributed.start(args.device)
     try:
-        pipeline = checkpoint.load_pipeline(stage, world.device)
+        pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height, args.width)
         shift = args.shift or pipeline.config["shift"]
         grid = [float(t) for t in args.grid.split(",")] if args.grid else flowmap.time_grid(args.steps, shift)
         guidance = args.guidance or (1.0 if pipeline.network.config.second_time else pipeline.config["guidance"])
@@ -224,10 +276,10 @@ def main(argv=None) -> None:
         seeds = list(range(args.seed, args.seed + len(captions)))
         options = {"window": args.window, "prompt_at": {int(chunk): prompt for chunk, prompt in args.prompt_at}}
         start = args.image or args.video
-        if args.frames or start:
-            options["chunks"] = chunks_for(pipeline, args.frames) if args.frames else pipeline.chunks
+        if args.frames and args.frames != pipeline.codec.frames(pipeline.latent_shape[0]):
+            options["chunks"] = chunks_for(pipeline, args.frames)
         if start:
-            given = given_latents(pipeline, start, bool(args.image), options["chunks"])
+            given = given_latents(pipeline, start, bool(args.image), options.get("chunks", pipeline.chunks))
             options["given"] = given.expand(len(captions), *given.shape[1:])
         if args.stream:
             if len(captions) > 1:

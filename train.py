@@ -32,6 +32,7 @@ import dmd
 import encoders
 import flowmap
 import meanflow
+import wan
 from cli import flag
 from model import PRESETS, Context, FlowMapDiT, as_causal, as_flow_map, remember, teacher_forced
 
@@ -41,8 +42,9 @@ STAGES = ("pretrain", "flowmap", "distill")
 @dataclass
 class Config:
     stage: str = flag("pretrain", "which stage to train", choices=STAGES)
-    preset: str = flag("toy", "size of the network and its recipe", choices=("tiny", "toy"))
-    data: str = flag("shapes", "toy set 'shapes', 'loop' (shapes that come back in) or 'digits', or a folder of mp4/gif clips with captions")
+    preset: str = flag("toy", "size of the network and its recipe", choices=tuple(PRESETS))
+    data: str = flag("shapes", "toy set 'shapes', 'loop' (shapes that come back in) or 'digits', a folder of mp4/gif clips with "
+                     "captions, or a folder of shards")
     run_dir: str = flag("", "folder of the run; stages are folders in it (default runs/PRESET-DATA, or "
                         "runs/PRESET-DATA-causal)")
     frames: int = flag(8, "frames of a clip")
@@ -50,8 +52,8 @@ class Config:
     causal: bool = flag(False, "generate chunk by chunk, each chunk seeing the clean ones before it")
     chunks: str = flag("1,1,1,1", "causal: latent frames of each chunk; the toy codec makes one of two pixel frames")
     full_chunks: int = flag(3, "causal: how many chunks are full, the newest included; older ones are compressed. 0: all")
-    init: str = flag("", "pretrain: folder of a finished stage to start from, or none for fresh weights (default none; with "
-                     "--causal and the toy preset runs/toy-DATA/pretrain)")
+    base: str = flag("", "pretrain: the weights to start from, a finished stage or Wan2.1 (see wan.py), or none for fresh ones "
+                     "(default none; with --causal and the toy preset runs/toy-DATA/pretrain)")
     seed: int = flag(0, "seed of weights, data order, noise and times")
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
     bf16: bool = flag(False, "multiply in bf16 with fp32 master weights; for GPUs (CPUs are slower with it)")
@@ -94,8 +96,22 @@ class Config:
     max_skips: int = flag(5, "the run stops after this many updates in a row with a non-finite gradient")
 
 
+# The released recipe, for Wan2.1 (METHOD section 8). Full fine-tuning; the released one trains adapters.
+WAN = {
+    "pretrain": dict(steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000, bf16=True),
+    "flowmap": dict(steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000, bf16=True, guidance=3.0),
+    "distill": dict(steps=1000, lr=2e-6, fake_lr=2e-6, warmup=0, beta1=0.0, beta2=0.999, ema_start=200, bf16=True,
+                    guidance=3.0, real_guidance=4.0),
+}
+WAN_CAUSAL = {stage: dict(chunks="1,3,3,3,3,3,3,2") for stage in STAGES}
+
 # What differs from the defaults above, by preset and stage. Reasons stand in LOG.md where they were measured.
 RECIPES = {
+    "wan-1.3b": WAN,
+    "wan-14b": {stage: recipe | dict(batch_size=16) | (dict(steps=4000) if stage != "distill" else {})
+                for stage, recipe in WAN.items()},
+    "wan-1.3b-causal": WAN_CAUSAL,
+    "wan-14b-causal": WAN_CAUSAL,
     "toy": {
         "pretrain": dict(steps=6000, batch_size=16, lr=2e-3, lr_end=0.05, ema_start=200),
         "flowmap": dict(steps=2200, batch_size=16, lr_end=0.1),
@@ -103,7 +119,7 @@ RECIPES = {
                         budgets="1,2,4,8,16,50", cotrain=8.0),
     },
     "toy-causal": {  # what differs again with --causal, which starts from the bidirectional teacher
-        "pretrain": dict(init="runs/toy-{data}/pretrain", steps=1500, lr=1e-3, lr_end=0.1),
+        "pretrain": dict(base="runs/toy-{data}/pretrain", steps=1500, lr=1e-3, lr_end=0.1),
         "flowmap": dict(steps=1500),
         "distill": dict(steps=150),
     },
@@ -141,7 +157,7 @@ def parse_config(argv=None) -> Config:
     preset = values.get("preset", Config.preset)
     recipe = RECIPES[preset][stage] | RECIPES.get(f"{preset}-causal" if values.get("causal") else "", {}).get(stage, {})
     c = Config(**recipe | values)
-    c.init = "" if c.init == "none" else c.init.format(data=Path(c.data).name)
+    c.base = "" if c.base == "none" else c.base.format(data=Path(c.data).name)
     for name in ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips"):
         if getattr(c, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
@@ -160,8 +176,8 @@ def parse_config(argv=None) -> Config:
             parser.error(f"--{name} {error}")
     if c.full_chunks < 0:
         parser.error(f"--full-chunks {c.full_chunks}: must be at least 0")
-    if c.init and stage != "pretrain":
-        parser.error(f"--init is for stage pretrain; stage {stage} starts from stage {before}")
+    if c.base and stage != "pretrain":
+        parser.error(f"--base is for stage pretrain; stage {stage} starts from stage {before}")
     return c
 
 
@@ -216,9 +232,9 @@ def train(c: Config) -> Path:
     if before and not (run / before / "model.safetensors").exists():
         raise SystemExit(f"stage {c.stage} starts from stage {before}, which is not finished in {run}. First run:\n"
                          f"    python train.py --stage {before} --run-dir {run}")
-    if c.init and not (Path(c.init) / "model.safetensors").exists():
-        raise SystemExit(f"--init {c.init}: no finished stage is there. First run:\n    python train.py --stage pretrain --data "
-                         f"{c.data}\nor start from fresh weights with --init none")
+    if c.base and not Path(c.base).exists():
+        raise SystemExit(f"--base {c.base}: not there. First run:\n    python train.py --stage pretrain --data {c.data}\n"
+                         f"or start from fresh weights with --base none")
     per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
     if c.batch_size % per_step:
         raise SystemExit(f"--batch-size {c.batch_size} is not a multiple of {per_step}: {world.size} processes times "
@@ -234,22 +250,27 @@ def train(c: Config) -> Path:
                 raise SystemExit(f"{stage} was started with {field.name} = {saved[field.name]}, not "
                                  f"{getattr(c, field.name)}: use --fresh to start it anew, or another --run-dir")
 
-    # --- data: clips -> latents (the codec, fitted once a run) and captions -> features
+    # --- data: latents and prompt features, from shards or made of clips and captions on the fly
     try:
-        dataset = data.open_data(c.data, c.frames, c.size)
-        if world.is_main and not (stage / "codec.safetensors").exists():
-            stage.mkdir(parents=True, exist_ok=True)
-            source = run / before if before else Path(c.init) if c.init else None
-            codec = (encoders.PatchPCA.from_state(load_file(source / "codec.safetensors")) if source else
-                     encoders.PatchPCA.fit(dataset.clips(range(1024), seed=c.seed)[0], PRESETS[c.preset].channels))
-            save_file(codec.state(), stage / "codec.safetensors.partial")
-            (stage / "codec.safetensors.partial").rename(stage / "codec.safetensors")
+        source = data.open_data(c.data, c.frames, c.size)
+        stage.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, data.Shards):
+            record = {}
+        else:
+            codec_file = stage / "codec.safetensors"             # fitted once, by the first stage
+            if world.is_main and not codec_file.exists():
+                fitted = (run / before if before else Path(c.base or "none")) / codec_file.name
+                state = (load_file(fitted) if fitted.exists() else
+                         encoders.PatchPCA.fit(source.clips(range(1024), seed=c.seed)[0], PRESETS[c.preset].channels).state())
+                save_file(state, codec_file.with_suffix(".partial"))
+                codec_file.with_suffix(".partial").rename(codec_file)
+            barrier(world)
+            words = encoders.Words.of(source.captions, PRESETS[c.preset].text_dim)
+            source = encoders.Encoded(source, encoders.PatchPCA.from_state(load_file(codec_file)), words)
+            record = {"vocabulary": words.vocabulary, "text_length": words.length}
     except ValueError as error:
         raise SystemExit(f"--data {c.data}: {error}") from None
-    barrier(world)
-    codec = encoders.PatchPCA.from_state(load_file(stage / "codec.safetensors"))
-    words = encoders.Words.of(dataset.captions, PRESETS[c.preset].text_dim)
-    latent_shape = tuple(codec.encode(dataset.clips([0], seed=c.seed)[0]).shape[1:])
+    latent_shape = source.latent_shape
 
     all_chunks = tuple(cli.positive_ints(c.chunks)) if c.causal else latent_shape[:1]
     if sum(all_chunks) != latent_shape[0]:
@@ -266,9 +287,9 @@ def train(c: Config) -> Path:
         extra = len(all_chunks) - full_chunks
         chunks = all_chunks[:full_chunks + (int(count * (extra + 1)) if extra > 0 and coin < 0.5 else 0)]
         start, stop = sum(chunks[:-full_chunks]), sum(chunks)
-        video, captions = dataset.clips((step * c.batch_size + slots).tolist(), seed=c.seed)
+        x, text = source.draw((step * c.batch_size + slots).tolist(), seed=c.seed)
         n = distributed.noise(latent_shape, c.seed, step, "noise", slots=slots)
-        tensors = codec.encode(video)[:, :stop], n[:, start:stop], words(captions), words([""] * len(slots))
+        tensors = x[:, :stop], n[:, start:stop], text, source.null_text.expand_as(text)
         return Batch(*(tensor.to(world.device) for tensor in tensors), slots, chunks, start)
 
     def context(net, batch: Batch, text, z_0=None) -> Context:
@@ -283,29 +304,36 @@ def train(c: Config) -> Path:
         return dropped, torch.where(dropped[:, None, None], batch.null_text, batch.text)
 
     # --- networks: each stage starts from the one before
-    config = dataclasses.replace(PRESETS[c.preset], compressed=c.causal and c.full_chunks > 0)
-    plain = dataclasses.replace(config, second_time=False)
-    config = plain if c.stage == "pretrain" else config
+    compressed = c.causal and c.full_chunks > 0
+    fresh = dataclasses.replace(PRESETS[c.preset], second_time=False, compressed=compressed)
 
-    def network(config, state, source) -> torch.nn.Module:
+    def network(config, state, origin) -> torch.nn.Module:
         net = distributed.shard(FlowMapDiT(config).to(world.device), world, c.bf16)
-        checkpoint.load_weights(net, state, source)
+        checkpoint.load_weights(net, state, origin)
         return net
 
-    teacher = None
-    if c.stage == "pretrain" and c.init:
-        source, state = c.init, checkpoint.load_model(c.init)[1]
-        state = as_causal(state) if plain.compressed and "far_patch_embed.weight" not in state else state
-    elif c.stage == "pretrain":
-        source, state = "fresh weights", FlowMapDiT(plain).init_weights(distributed.generator(c.seed, "init")).state_dict()
-    else:
-        source, state = run / before, checkpoint.load_model(run / before)[1]
-    if c.stage == "flowmap":
-        state = as_flow_map(state)
-    student_net = network(config, state, source)
+    teacher, origin = None, run / before if before else c.base
+    try:
+        if not origin:
+            origin, config = "fresh weights", fresh
+            state = FlowMapDiT(fresh).init_weights(distributed.generator(c.seed, "init")).state_dict()
+        elif (Path(origin) / "model.safetensors").exists():
+            net, state = checkpoint.load_model(origin)
+            config = dataclasses.replace(net.config, second_time=c.stage != "pretrain", compressed=compressed)
+            state = as_causal(state) if compressed and "far_patch_embed.weight" not in state else state
+            state = as_flow_map(state) if c.stage == "flowmap" else state
+        else:
+            config, state = wan.load(origin, second_time=False, compressed=compressed)
+        if config.channels != latent_shape[1] or config.text_dim != source.null_text.shape[1]:
+            raise ValueError(f"{origin} works on {config.channels} channels and prompts of width {config.text_dim}, but --data "
+                             f"{c.data} has {latent_shape[1]} and {source.null_text.shape[1]}")
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    student_net = network(config, state, origin)
     parts = {"student": checkpoint.trainable(student_net, c.lr, (c.beta1, c.beta2), c.weight_decay, with_ema=True)}
     if c.stage == "distill":
         _, state = checkpoint.load_model(run / "pretrain")
+        plain = dataclasses.replace(config, second_time=False)
         teacher = network(plain, state, run / "pretrain").requires_grad_(False)
         fake_net = network(plain, state, run / "pretrain")
         parts["fake"] = checkpoint.trainable(fake_net, c.fake_lr, (c.beta1, c.beta2), c.weight_decay, with_ema=False)
@@ -321,9 +349,8 @@ def train(c: Config) -> Path:
         say(f"stage {c.stage} is finished in {stage} ({first} updates); --fresh trains it anew")
         return stage
     if world.is_main:
-        record = {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
-                  "vocabulary": words.vocabulary, "text_length": words.length, "latent_shape": latent_shape,
-                  "chunks": all_chunks}
+        record |= {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
+                   "latent_shape": latent_shape, "chunks": all_chunks}
         data.write_text(stage / "config.json", json.dumps(record, indent=1))
         log_path = stage / "log.jsonl"
         rows = log_path.read_text().splitlines() if log_path.exists() else []

@@ -266,6 +266,7 @@ class Codec:
         self.vae = self.vae.to(device).eval().requires_grad_(False)
         if tiling:
             self.vae.enable_tiling()
+        self.pixels = 8                                          # of a latent, each way
         self.mean, self.std = (torch.tensor(getattr(self.vae.config, name), device=device).view(1, -1, 1, 1, 1)
                                for name in ("latents_mean", "latents_std"))
 
@@ -276,6 +277,27 @@ class Codec:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         z = latents.float().to(self.mean.device).transpose(1, 2) * self.std + self.mean
         return self.vae.decode(z).sample.transpose(1, 2).clamp(-1, 1).cpu()
+
+    def frames(self, latents: int) -> int:
+        """Pixel frames of so many latent frames: the first is one frame, every other one four."""
+        return 4 * (latents - 1) + 1
+
+    def decoder(self):
+        """A function that decodes the chunks of a video one after the other, which must be done in order. The autoencoder
+        is causal: its cache of features is what decode() uses frame by frame, kept between calls."""
+        vae, first = self.vae, True
+        vae.clear_cache()
+
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            nonlocal first
+            z = latents.float().to(self.mean.device).transpose(1, 2) * self.std + self.mean
+            frames = []
+            for frame in vae.post_quant_conv(z).split(1, 2):
+                vae._conv_idx = [0]
+                frames.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=first))
+                first = False
+            return torch.cat(frames, 2).transpose(1, 2).clamp(-1, 1).cpu()
+        return decode
 
 
 class Text:

@@ -148,7 +148,7 @@ def test_two_processes_equal_one(either, tmp_path):
         run_stage(link, stage, "--log-every", "1", *flags)
         for a, b in zip(log_rows(tmp_path / "run" / stage), log_rows(link / stage), strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
-    clips = sample.generate(checkpoint.load_pipeline(tmp_path / "run" / "distill"), ["a red circle moving left"], [0],
+    clips = sample.generate(sample.load_pipeline(tmp_path / "run" / "distill"), ["a red circle moving left"], [0],
                             [1.0, 0.0])
     assert clips.shape == (1, 8, 3, 16, 16)
 
@@ -220,7 +220,7 @@ def test_what_cannot_work_says_what_to_do(tmp_path, flags, message):
     (["--stpes", "5"], "did you mean --steps"), (["--stage", "distil"], "did you mean distill"),
     (["--steps", "0"], "at least 1"), (["--steps", "many"], "invalid int"), (["--lr", "-1"], "above 0"),
     (["--ema-decay", "2"], r"lie in \[0, 1\]"), (["--budgets", "2,x"], "whole numbers"), (["extra"], "unexpected argument"),
-    (["--preset", "wan"], "valid: tiny, toy"), (["--flow-fraction", "0.9"], "together at most 1")])
+    (["--preset", "wam-14b"], "did you mean wan-14b"), (["--preset", "small"], "valid: tiny, toy"), (["--flow-fraction", "0.9"], "together at most 1")])
 def test_wrong_flags_name_the_nearest_right_one(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         train.parse_config(flags)
@@ -239,7 +239,7 @@ def test_help_documents_every_flag(script):
 # --- sample.py and eval.py on the finished run
 
 def test_a_seed_decides_its_clip_whatever_else_is_in_the_batch(finished):
-    pipeline, grid = checkpoint.load_pipeline(finished / "distill"), [1.0, 0.6, 0.0]
+    pipeline, grid = sample.load_pipeline(finished / "distill"), [1.0, 0.6, 0.0]
     prompts = ["a red circle moving left", "a blue square moving up"]
     both = sample.generate(pipeline, prompts, [3, 4], grid)
     torch.testing.assert_close(sample.generate(pipeline, prompts[1:], [4], grid), both[1:], rtol=1e-4, atol=1e-5)
@@ -297,19 +297,19 @@ def test_eval_writes_table_figure_and_sheets(finished, tmp_path, capsys):
 # --- causal sampling
 
 def test_a_stream_is_the_clip_piece_by_piece(causal):
-    pipeline, grid = checkpoint.load_pipeline(causal / "distill"), [1.0, 0.6, 0.0]
+    pipeline, grid = sample.load_pipeline(causal / "distill"), [1.0, 0.6, 0.0]
     captions = ["a red circle moving left", "a blue square moving up"]
     pieces = list(sample.stream(pipeline, captions, [3, 4], grid))
     assert [piece.shape for piece in pieces] == [(2, 2, 3, 16, 16)] * 4
     assert torch.equal(torch.cat(pieces, 1), sample.generate(pipeline, captions, [3, 4], grid))
     # A teacher is guided: two contexts go along.
-    teacher = checkpoint.load_pipeline(causal / "pretrain")
+    teacher = sample.load_pipeline(causal / "pretrain")
     clips = sample.generate(teacher, captions, [3, 4], grid, guidance=2.0)
     assert clips.shape == (2, 8, 3, 16, 16) and not torch.equal(clips, sample.generate(teacher, captions, [3, 4], grid))
 
 
 def test_a_new_prompt_changes_the_clip_from_its_chunk_on(causal):
-    pipeline, grid = checkpoint.load_pipeline(causal / "distill"), [1.0, 0.6, 0.0]
+    pipeline, grid = sample.load_pipeline(causal / "distill"), [1.0, 0.6, 0.0]
     plain, other = (sample.generate(pipeline, ["a red circle moving left"], [3], grid, prompt_at=prompts)
                     for prompts in ({}, {2: "a blue square moving up"}))
     assert torch.equal(plain[:, :4], other[:, :4])
@@ -317,7 +317,7 @@ def test_a_new_prompt_changes_the_clip_from_its_chunk_on(causal):
 
 
 def test_given_latents_are_kept_and_change_what_follows(causal):
-    pipeline, grid = checkpoint.load_pipeline(causal / "distill"), [1.0, 0.0]
+    pipeline, grid = sample.load_pipeline(causal / "distill"), [1.0, 0.0]
     given = pipeline.codec.encode(torch.rand(1, 4, 3, 16, 16, generator=distributed.generator("given")) * 2 - 1)
     clips = sample.generate(pipeline, ["a red circle moving left"], [3], grid, given=given)
     assert torch.equal(clips[:, :4], torch.cat([pipeline.codec.decode(part) for part in given.split(1, 1)], 1))
@@ -379,18 +379,18 @@ def test_the_causal_recipe_is_checked(tmp_path, capsys):
     with pytest.raises(SystemExit, match="add up to 3, but clips have 4 latent frames"):
         train.train(config("--chunks", "1,2"))
     for flags, message in ((["--chunks", "1,x"], "whole numbers"), (["--full-chunks", "-1"], "at least 0"),
-                           (["--stage", "flowmap", "--init", "a"], "--init is for stage pretrain")):
+                           (["--stage", "flowmap", "--base", "a"], "--base is for stage pretrain")):
         with pytest.raises(SystemExit):
             config(*flags)
         assert message in capsys.readouterr().err
     default = train.parse_config(["--causal"])
-    assert default.run_dir == "runs/toy-shapes-causal" and default.init == "runs/toy-shapes/pretrain"
-    with pytest.raises(SystemExit, match="--init nowhere: no finished stage is there. First run"):
-        train.train(config("--init", "nowhere"))
+    assert default.run_dir == "runs/toy-shapes-causal" and default.base == "runs/toy-shapes/pretrain"
+    with pytest.raises(SystemExit, match="--base nowhere: not there. First run"):
+        train.train(config("--base", "nowhere"))
 
 
 def test_a_causal_teacher_starts_from_a_bidirectional_one(finished, tmp_path):
-    folder = run_stage(tmp_path / "run", "pretrain", "--causal", "--init", str(finished / "pretrain"), "--steps", "1", "--lr", "1e-9")
+    folder = run_stage(tmp_path / "run", "pretrain", "--causal", "--base", str(finished / "pretrain"), "--steps", "1", "--lr", "1e-9")
     mine, before = (load_file(path / "model.safetensors") for path in (folder, finished / "pretrain"))
     assert mine.keys() - before.keys() == {"far_patch_embed.weight", "far_patch_embed.bias"}
     torch.testing.assert_close(mine["head.weight"], before["head.weight"], rtol=0, atol=1e-8)

@@ -4,6 +4,7 @@
     python sample.py --causal --prompt "a red circle moving left" --image start.png --frames 32 --stream
 """
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -72,10 +73,10 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
 
 
 @torch.no_grad()
-def stream(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
-           sampler: str = "euler", guidance: float = 1.0, chunks=None, given: torch.Tensor | None = None, window: int = 0,
-           prompt_at: dict[int, str] | None = None):
-    """Yields clips piece by piece, (B, T of a chunk, 3, H, W) in [-1, 1] on the CPU, one clip for each caption and seed; a
+def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
+            sampler: str = "euler", guidance: float = 1.0, chunks=None, given: torch.Tensor | None = None, window: int = 0,
+            prompt_at: dict[int, str] | None = None):
+    """Yields the latents (B, F of a chunk, C, h, w) of clips chunk by chunk, one clip for each caption and seed; a
     bidirectional model yields its one chunk.
 
     chunks: latent frames of each chunk (default: as trained); more than trained make a longer video. given: latents (B, F,
@@ -119,14 +120,19 @@ def stream(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list
                                  for context in contexts))
 
     contexts = with_prompt((Context(None), Context(null_text) if guidance != 1 else None))
+    yield from backward_sim.chunk_by_chunk(jump, write, contexts, z_1, chunks)
+
+
+def stream(pipeline: Pipeline, *args, **options):
+    """Yields clips chunk by chunk, (B, T of a chunk, 3, H, W) in [-1, 1] on the CPU; arguments and errors as for `latents`."""
     decode = pipeline.codec.decoder()
-    for z_0 in backward_sim.chunk_by_chunk(jump, write, contexts, z_1, chunks):
+    for z_0 in latents(pipeline, *args, **options):
         yield decode(z_0.cpu())
 
 
 def generate(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
              sampler: str = "euler", guidance: float = 1.0, batch: int = 120, **options) -> torch.Tensor:
-    """Whole clips (B, T, 3, H, W) in [-1, 1] on the CPU, `batch` at a time; arguments and errors as for `stream`.
+    """Whole clips (B, T, 3, H, W) in [-1, 1] on the CPU, `batch` at a time; arguments and errors as for `latents`.
 
     A seed decides its clip whatever else is in the batch (with the euler sampler; the consistency sampler's fresh noise
     also depends on the other seeds).
@@ -210,7 +216,8 @@ def main(argv=None) -> None:
     parser = cli.Parser("Sample clips from a trained run.",
                         'python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4')
     parser.add_argument("--prompt", action="append", default=[], help="what to show; may be given several times")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line, or a .json list of "
+                        "prompts or of VBench's entries with prompt_en")
     parser.add_argument("--run-dir", type=Path, help="the run (default runs/toy-shapes, or runs/toy-shapes-causal)")
     parser.add_argument("--causal", action="store_true", help="use the causal run runs/toy-shapes-causal")
     parser.add_argument("--ckpt", type=Path, help="a finished stage RUN/STAGE, or Wan or AnyFlow weights, in place of --run-dir")
@@ -242,6 +249,9 @@ def main(argv=None) -> None:
                         help="auto, cpu or cuda (default auto)")
     parser.add_argument("--out", type=Path, default=Path("clip.mp4"),
                         help="a .mp4, .gif or .png file; several clips are numbered (default clip.mp4)")
+    parser.add_argument("--vbench", action="store_true", help="name clips PROMPT-0.mp4, PROMPT-1.mp4, ... in the folder --out")
+    parser.add_argument("--save-latents", type=Path, metavar="SHARDS", help="write latents and prompt features as shards to train "
+                        "on, in place of clips; under torchrun every process makes its part, and the same command goes on")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="also a picture with a row of frames for each clip")
     args = parser.parse(argv)
 
@@ -249,7 +259,7 @@ def main(argv=None) -> None:
     if args.prompts:
         if not args.prompts.is_file():
             parser.error(f"--prompts {args.prompts}: no such file")
-        captions += [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
+        captions += read_prompts(args.prompts, parser)
     if not captions:
         parser.error('no prompt: give --prompt "..." or --prompts FILE')
     for name, least in (("steps", 1), ("count", 1), ("frames", 1), ("window", 0)):
@@ -261,6 +271,8 @@ def main(argv=None) -> None:
         if not chunk.isdigit():
             parser.error(f"--prompt-at {chunk}: the chunk must be a number from 0 up")
     for name, path in (("out", args.out), ("sheet", args.sheet)):
+        if name == "out" and args.vbench:
+            continue
         if path and path.suffix not in ((".mp4", ".gif", ".png") if name == "out" else (".png",)):
             parser.error(f"--{name} {path}: the name must end in {'.mp4, .gif or .png' if name == 'out' else '.png'}")
 
@@ -286,6 +298,16 @@ def main(argv=None) -> None:
                 parser.error("--stream takes one prompt and one clip")
             stream_to(args.out, stream(pipeline, captions, seeds, grid, args.sampler, guidance, **options))
             return
+        if args.save_latents:
+            save_latents(args.save_latents, pipeline, captions, seeds, grid, args.sampler, guidance, options)
+            return
+        if args.vbench:
+            for caption, seed in zip(tqdm(captions, desc="sample"), seeds):
+                path = args.out / f"{caption.replace('/', ' ')[:180]}-{(seed - args.seed) % args.count}.mp4"
+                if not path.exists():                            # made by an earlier run of this command
+                    write_clip(path, generate(pipeline, [caption], [seed], grid, args.sampler, guidance, **options)[0],
+                               pipeline.config.get("fps", 16))
+            return
         clips = generate(pipeline, captions, seeds, grid, args.sampler, guidance, **options)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
@@ -298,6 +320,28 @@ def main(argv=None) -> None:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
         iio.imwrite(args.sheet, to_pixels(contact_sheet(clips), clips.shape[-2] * 4))
         print(args.sheet)
+
+
+def read_prompts(path: Path, parser) -> list[str]:
+    text = path.read_text("utf-8")
+    if path.suffix != ".json":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        return [row["prompt_en"] if isinstance(row, dict) else str(row) for row in json.loads(text)]
+    except (ValueError, KeyError, TypeError) as error:
+        parser.error(f"--prompts {path}: expected a list of prompts, or of entries with prompt_en ({error})")
+
+
+def save_latents(folder: Path, pipeline: Pipeline, captions, seeds, grid, sampler, guidance, options) -> None:
+    """Clips of a teacher as shards (data.ShardWriter): synthetic training data, as the paper uses."""
+    part, parts = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    writer = data.ShardWriter(folder, part, parts)
+    rows = [i for i in range(part, len(captions), parts) if f"{i:07d}" not in writer.done]
+    for i in tqdm(rows, desc="latents", disable=part > 0):
+        z_0 = torch.cat(list(latents(pipeline, [captions[i]], [seeds[i]], grid, sampler, guidance, **options)), 1)[0]
+        writer.add(f"{i:07d}", z_0.bfloat16(), pipeline.words([captions[i]])[0].bfloat16(), captions[i])
+    writer.close(pipeline.words([pipeline.null_prompt])[0].bfloat16(), {"steps": len(grid) - 1, "guidance": guidance})
+    print(f"{folder}: part {part + 1} of {parts}, {len(writer.done)} clips")
 
 
 def stream_to(path: Path, pieces, fps: int = 8) -> None:

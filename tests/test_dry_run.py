@@ -160,3 +160,23 @@ def test_streamed_decoding_is_whole_decoding(base):
     pieces = [decode(part) for part in latents.split([1, 2, 2], 1)]
     assert [piece.shape[1] for piece in pieces] == [1, 8, 8]
     torch.testing.assert_close(torch.cat(pieces, 1), codec.decode(latents), rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_makes_the_shards_that_it_is_distilled_on(base, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.json", tmp_path / "shards"
+    prompts.write_text(json.dumps([{"prompt_en": CAPTIONS[0]}, CAPTIONS[1]]))
+    flags = ["--ckpt", str(base), "--base", str(base), "--frames", "9", "--height", "32", "--width", "64", "--steps", "2",
+             "--prompts", str(prompts), "--count", "2"]
+    sample.main([*flags, "--save-latents", str(out)])
+    found = data.Shards(out)
+    assert len(found) == 4 and found.latent_shape == (3, 16, 4, 8) and found.null_text.any()
+    teacher = sample.load_pipeline(base, base=base, frames=9, height=32, width=64)
+    clip = torch.cat(list(sample.latents(teacher, [CAPTIONS[1]], [3], flowmap.time_grid(2, 5.0), guidance=5.0)), 1)
+    assert any(torch.equal(clip[0].bfloat16().float(), row) for row in found.draw(range(4))[0])
+    sample.main([*flags, "--save-latents", str(out)])            # nothing is left to do
+    run = train.train(train.parse_config(["--preset", "wan-1.3b", "--data", str(out), "--base", str(base), "--run-dir",
+                                          str(tmp_path / "run"), "--steps", "1", "--batch-size", "2", "--no-bf16"]))
+    assert (run / "model.safetensors").exists()
+    sample.main([*flags, "--vbench", "--out", str(tmp_path / "vbench")])
+    assert sorted(file.name for file in (tmp_path / "vbench").iterdir()) == [
+        f"{caption}-{i}.mp4" for caption in sorted(CAPTIONS[:2]) for i in range(2)]

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import write_text
+from data import checksum, write_text
 from model import FlowMapDiT, ModelConfig
 
 
@@ -106,8 +106,15 @@ def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counter
 
     def write(folder):
         save_file(tensors, folder / "state.safetensors")
-        (folder / "state.json").write_text(json.dumps({"step": step, **counters}))
-    write_aside(stage / "checkpoints" / f"{step:08d}", write)
+        record = {"step": step, **counters, "sha256": checksum(folder / "state.safetensors")}
+        (folder / "state.json").write_text(json.dumps(record))
+    try:
+        write_aside(stage / "checkpoints" / f"{step:08d}", write)
+    except (OSError, SafetensorError) as error:
+        kept = checkpoints(stage)
+        raise SystemExit(f"cannot write a checkpoint in {stage / 'checkpoints'}: {error}. "
+                         + (f"{kept[-1]} is kept: make room, then run the same command again" if kept else
+                            "Make room, then run the same command again")) from None
     for old in checkpoints(stage)[:-keep]:
         shutil.rmtree(old)
 
@@ -117,11 +124,29 @@ def checkpoints(stage: Path) -> list[Path]:
     return sorted(p for p in (stage / "checkpoints").glob("*") if p.name.isdigit())
 
 
-def load_checkpoint(stage: Path, parts: dict[str, Trainable]) -> dict:
-    """Fill `parts` from the newest checkpoint; returns its counters ("step", ...), or {} when there is none."""
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint is what was written: both files are there and the checksum fits."""
+    try:
+        return json.loads((folder / "state.json").read_text())["sha256"] == checksum(folder / "state.safetensors")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def load_checkpoint(stage: Path, parts: dict[str, Trainable], say=print) -> dict:
+    """Fill `parts` from the newest checkpoint; returns its counters ("step", ...), or {} when there is none.
+
+    A damaged checkpoint is named and the one before it used. Raises ValueError for one of another network, or when all
+    are damaged.
+    """
     found = checkpoints(stage)
     if not found:
         return {}
+    damaged = []
+    while found and not is_whole(found[-1]):
+        damaged.append(found.pop())
+        say(f"{damaged[-1]} is damaged (truncated, or not what was written) and is left out")
+    if not found:
+        raise ValueError(f"every checkpoint in {stage / 'checkpoints'} is damaged; --fresh trains the stage anew")
     with safe_open(found[-1] / "state.safetensors", "pt") as file:
         targets = {}
         for prefix, part in parts.items():

@@ -1,7 +1,9 @@
 """Ranks, sharding, and randomness that is explicit: the same script on one CPU process, gloo processes, or N GPUs."""
 import hashlib
 import os
+import signal
 import sys
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +88,31 @@ def sum_over_ranks(*values: float, world: World) -> list[float]:
     if world.size > 1:
         dist.all_reduce(total)
     return total.tolist()
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT, so that a run ends after its update instead of in it. A second SIGINT ends it at once."""
+
+    def __init__(self):
+        self.seen, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number, frame):
+        self.seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_any_rank(self, world: World) -> bool:
+        """Ranks hear a signal at different moments, but must stop after the same update."""
+        stop = sum_over_ranks(float(self.seen), world=world)[0] > 0
+        if stop:
+            self.restore()
+        return stop
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
 
 
 def generator(*keys) -> torch.Generator:

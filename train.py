@@ -341,7 +341,7 @@ def train(c: Config) -> Path:
 
     # --- resume
     try:
-        counters = checkpoint.load_checkpoint(stage, parts)
+        counters = checkpoint.load_checkpoint(stage, parts, say)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     first, skipped = counters.get("step", 0), counters.get("skipped", 0)
@@ -465,7 +465,7 @@ def train(c: Config) -> Path:
     # --- the loop
     bar = tqdm(total=c.steps, initial=first, desc=f"{c.stage:8}", disable=not world.is_main, mininterval=1.0,
                dynamic_ncols=True)
-    skips_in_a_row, started = 0, time.time()
+    skips_in_a_row, started, stopping = 0, time.time(), distributed.StopSignal()
     for step in range(first, c.steps):
         flow_errors, rollouts, norms = [0.0, 0.0], [], {}
         for micro_step in range(micro_steps):
@@ -492,7 +492,8 @@ def train(c: Config) -> Path:
         if skips_in_a_row >= c.max_skips:
             raise SystemExit(f"stopped at update {step}: {skips_in_a_row} non-finite gradients in a row ({norms}). The "
                              f"last checkpoint is kept in {stage}; try a lower --lr, then run the same command again")
-        save = (step + 1) % c.save_every == 0 or step + 1 == c.steps
+        stop = stopping.on_any_rank(world)
+        save = (step + 1) % c.save_every == 0 or step + 1 == c.steps or stop
         if (step + 1) % c.log_every == 0 or save:         # with a checkpoint too: its resume starts with empty sums
             row = {"step": step + 1, **log.means(world), **norms, "lr": learning_rate(c, step, c.lr), "skipped": skipped,
                    "seconds": round(time.time() - started, 2)}
@@ -503,7 +504,13 @@ def train(c: Config) -> Path:
         bar.update()
         if save:
             checkpoint.save_checkpoint(stage, step + 1, parts, {"skipped": skipped}, world.is_main)
+        if stop and step + 1 < c.steps:
+            bar.close()
+            say(f"stopped by a signal after update {step + 1} of {c.steps}, which is saved. The same command goes on:\n"
+                f"    python train.py --stage {c.stage} --run-dir {run}")
+            return stage
     bar.close()
+    stopping.restore()
     checkpoint.save_model(stage, student.ema, config, world.is_main)
     barrier(world)
     say(f"stage {c.stage}: finished, {stage / 'model.safetensors'}")

@@ -1,8 +1,10 @@
 """The loop: same seed same bits, resume, splitting a batch, two processes, errors that say what to do."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,78 @@ def test_interrupted_and_resumed_equals_uninterrupted(either, tmp_path, stage, m
     for file in ("model.safetensors", f"checkpoints/{newest}/state.safetensors"):
         same_files(finished / stage / file, tmp_path / "run" / stage / file)
     assert log_rows(finished / stage) == log_rows(tmp_path / "run" / stage)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no record", "half-written"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path, damage, capsys):
+    link_stages(finished, tmp_path / "run", "flowmap")
+    folder = run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
+    before, newest = checkpoint.checkpoints(folder)[-2:]
+    state = (newest / "state.safetensors").read_bytes()
+    expected = {name: t.clone() for name, t in load_file(newest / "state.safetensors").items()}      # load_file maps the file
+    if damage == "truncated":
+        (newest / "state.safetensors").write_bytes(state[:-9])
+    elif damage == "flipped":
+        (newest / "state.safetensors").write_bytes(state[:-9] + bytes([state[-9] ^ 4]) + state[-8:])
+    elif damage == "no record":
+        (newest / "state.json").unlink()
+    else:
+        newest.rename(newest.with_name(newest.name + ".partial"))          # killed before the rename
+    (folder / "model.safetensors").unlink()
+    run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
+    out = capsys.readouterr()
+    assert (f"{newest} is damaged" in out.out + out.err) == (damage != "half-written")
+    again = load_file(checkpoint.checkpoints(folder)[-1] / "state.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+    for path in checkpoint.checkpoints(folder):
+        (path / "state.json").write_text("{}")
+    with pytest.raises(SystemExit, match="every checkpoint in .* is damaged"):
+        run_stage(tmp_path / "run", "flowmap", "--save-every", "4", "--steps", "13")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch):
+    link_stages(finished, tmp_path / "run", "flowmap")
+    save, calls = checkpoint.save_file, []
+
+    def full(tensors, path, **options):
+        calls.append(path)
+        if len(calls) == 2 and "state" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, path, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(SystemExit, match="No space left on device.*00000004 is kept: make room"):
+            run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run" / "flowmap")] == ["00000004"]
+    run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
+    same_files(tmp_path / "run" / "flowmap" / "model.safetensors", finished / "flowmap" / "model.safetensors")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_ends_a_run_cleanly_and_it_goes_on(tmp_path, processes):
+    """SIGTERM in the middle: exit code 0, a checkpoint, and the command that goes on; then the same bits as never stopped."""
+    launch = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes > 1 else [])
+    flags = ["--preset", "tiny", "--steps", "400", "--save-every", "1000", "--log-every", "1", "--run-dir"]
+    command = [*launch, "train.py", *flags, str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = tmp_path / "run" / "pretrain" / "log.jsonl"
+    for _ in range(600):
+        if log.exists() and len(log.read_text().splitlines()) > 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=60)[0]
+    if processes == 1:                                           # torchrun passes the signal on, and reports it as its own end
+        assert process.returncode == 0, out
+    assert "stopped by a signal after update" in out and "python train.py --stage pretrain --run-dir" in out
+    step = int(checkpoint.checkpoints(tmp_path / "run" / "pretrain")[-1].name)
+    assert 3 < step < 400
+    if processes == 1:
+        run_stage(tmp_path / "run", "pretrain", *flags[2:-1])
+        run_stage(tmp_path / "whole", "pretrain", *flags[2:-1])
+        same_files(tmp_path / "run" / "pretrain" / "model.safetensors", tmp_path / "whole" / "pretrain" / "model.safetensors")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -57,6 +57,7 @@ class Config:
     seed: int = flag(0, "seed of weights, data order, noise and times")
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
     bf16: bool = flag(False, "multiply in bf16 with fp32 master weights; for GPUs (CPUs are slower with it)")
+    checkpointing: bool = flag(False, "keep no activations inside a block and compute them again: less memory, a third more time")
     fresh: bool = flag(False, "delete what this stage has saved and start anew, instead of resuming")
 
     steps: int = flag(1000, "updates of the network")
@@ -98,10 +99,12 @@ class Config:
 
 # The released recipe, for Wan2.1 (METHOD section 8). Full fine-tuning; the released one trains adapters.
 WAN = {
-    "pretrain": dict(steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000, bf16=True),
-    "flowmap": dict(steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000, bf16=True, guidance=3.0),
+    "pretrain": dict(steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000, bf16=True,
+                     checkpointing=True),
+    "flowmap": dict(steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000, bf16=True,
+                    checkpointing=True, guidance=3.0),
     "distill": dict(steps=1000, lr=2e-6, fake_lr=2e-6, warmup=0, beta1=0.0, beta2=0.999, ema_start=200, bf16=True,
-                    guidance=3.0, real_guidance=4.0),
+                    checkpointing=True, guidance=3.0, real_guidance=4.0),
 }
 WAN_CAUSAL = {stage: dict(chunks="1,3,3,3,3,3,3,2") for stage in STAGES}
 
@@ -132,7 +135,7 @@ RECIPES = {
 # A later stage takes these over from the stage before it, unless a flag says otherwise.
 INHERITED = ("preset", "data", "frames", "size", "shift", "causal", "chunks", "full_chunks")
 # These may change when a run is resumed.
-CHANGEABLE = ("steps", "micro_batch", "device", "fresh", "save_every", "log_every", "max_skips")
+CHANGEABLE = ("steps", "micro_batch", "device", "checkpointing", "fresh", "save_every", "log_every", "max_skips")
 
 
 def default_text(field) -> str:
@@ -309,6 +312,8 @@ def train(c: Config) -> Path:
 
     def network(config, state, origin) -> torch.nn.Module:
         net = distributed.shard(FlowMapDiT(config).to(world.device), world, c.bf16)
+        for block in net.blocks:
+            block.checkpointing = c.checkpointing
         checkpoint.load_weights(net, state, origin)
         return net
 

@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
     return run
 
 
-CAUSAL = ("--causal", "--full-chunks", "2")
+CAUSAL = ("--causal", "--full-chunks", "2", "--checkpointing")
 
 
 @pytest.fixture(scope="module")

@@ -136,8 +136,8 @@ def test_every_tensor_of_real_wan_has_its_place(preset):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
-@pytest.mark.parametrize("causal", [False, True])
-def test_an_exported_model_samples_alike_in_diffusers(tmp_path, causal, steps):
+@pytest.mark.parametrize("causal, first_frame", [(False, False), (True, False), (True, True)])
+def test_an_exported_model_samples_alike_in_diffusers(tmp_path, causal, first_frame, steps):
     """Load, export, load in Diffusers, load here again: the same tensors, and the same latents step by step."""
     diffusers = pytest.importorskip("diffusers", minversion="0.42")
     config, chunks, sides = (ROLLOUT, (1, 2, 1, 1), ROLLOUT_SIDES) if causal else (SMALL, (3,), (4, 2))
@@ -150,14 +150,16 @@ def test_an_exported_model_samples_alike_in_diffusers(tmp_path, causal, steps):
     pipe.set_progress_bar_config(disable=True)
     same(dict(pipe.transformer.named_parameters()), renamed(config, "diffusers"))
     z, _, _, text = inputs(config, 1, frames, sides=sides)
+    given = inputs(config, 1, 1, seed=3, sides=sides)[0]
     seen = []
-    options = {} if causal else {"callback_on_step_end": lambda pipe, i, t, kw: seen.append(kw["latents"]) or kw}
+    options = {"video_latents": given} if first_frame else {} if causal else {"callback_on_step_end": lambda pipe, i, t, kw: seen.append(kw["latents"]) or kw}
     theirs = pipe(prompt_embeds=text, latents=z.transpose(1, 2), height=8 * z.shape[3], width=8 * z.shape[4],
                   num_frames=4 * (frames - 1) + 1, num_inference_steps=steps, output_type="latent", **options).frames
     theirs = theirs if theirs.shape == z.shape else theirs.transpose(1, 2)
     net, grid = network(config), time_grid(steps, 5.0)
     if causal:
-        jump = lambda z, context: euler_sample(conditioned(net, context), z, grid)
+        def jump(z, context):
+            return given if first_frame and context.start == 0 else euler_sample(conditioned(net, context), z, grid)
         write = lambda context, z_0: remember(net, context, z_0, 3)
         ours = torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(text), z, chunks)), 1)
     else:

@@ -131,7 +131,7 @@ def stream(pipeline: Pipeline, *args, **options):
 
 
 def generate(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
-             sampler: str = "euler", guidance: float = 1.0, batch: int = 120, **options) -> torch.Tensor:
+             sampler: str = "euler", guidance: float = 1.0, batch: int = 48, **options) -> torch.Tensor:
     """Whole clips (B, T, 3, H, W) in [-1, 1] on the CPU, `batch` at a time; arguments and errors as for `latents`.
 
     A seed decides its clip whatever else is in the batch (with the euler sampler; the consistency sampler's fresh noise

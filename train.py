@@ -75,7 +75,7 @@ class Config:
     text_drop: float = flag(0.1, "fraction of prompts replaced by the empty one, which guidance needs")
 
     shift: float = flag(5.0, "timestep shift s: more of training and sampling goes to high noise; 5 is Wan's")
-    guidance: float = flag(1.5, "guidance scale fused into the flow map; 1 is none, and u_0 + w (u_c - u_0) in general")
+    guidance: float = flag(2.0, "guidance scale fused into the flow map; 1 is none, and u_0 + w (u_c - u_0) in general")
     epsilon: float = flag(0.005, "half width of the finite difference, in [0, 1] time; must lie where d u / d t is flat")
     derivative: str = flag("finite-difference", "how dF/dt is taken", choices=tuple(meanflow.DERIVATIVES))
     time_weight: str = flag("beta", "density w(t) of the forward loss", choices=tuple(flowmap.TIME_WEIGHTS))
@@ -85,7 +85,7 @@ class Config:
 
     rollout: str = flag("flow-map", "backward simulation of distill", choices=("flow-map", "consistency"))
     budgets: str = flag("2,4,8,16,50", "step counts N that a rollout may have; one is drawn an iteration")
-    real_guidance: float = flag(1.5, "guidance scale of the teacher in DMD: 4 for the paper's 'cond + 3 (cond - uncond)'. With "
+    real_guidance: float = flag(2.0, "guidance scale of the teacher in DMD: 4 for the paper's 'cond + 3 (cond - uncond)'. With "
                                 "the scale fused into the flow map, small and large steps aim at the same clips")
     cotrain: float = flag(1.0, "factor of the forward flow-map loss in distill; it keeps the any-step map alive")
     fake_lr: float = flag(1e-3, "peak learning rate of the fake score")
@@ -117,14 +117,14 @@ RECIPES = {
     "wan-14b-causal": WAN_CAUSAL,
     "toy": {
         "pretrain": dict(steps=6000, batch_size=16, lr=2e-3, lr_end=0.05, ema_start=200),
-        "flowmap": dict(steps=2200, batch_size=16, lr_end=0.1),
-        "distill": dict(steps=250, lr=2e-4, beta1=0.0, beta2=0.999, warmup=10, ema_decay=0.97, ema_start=50,
-                        budgets="1,2,4,8,16,50", cotrain=8.0),
+        "flowmap": dict(steps=2200, batch_size=16, lr_end=0.05),
+        "distill": dict(steps=400, batch_size=20, lr=2e-4, beta1=0.0, beta2=0.999, warmup=10, ema_decay=0.97, ema_start=50,
+                        budgets="1,1,2,4,8,16,50", cotrain=8.0),
     },
     "toy-causal": {  # what differs again with --causal, which starts from the bidirectional teacher
         "pretrain": dict(base="runs/toy-{data}/pretrain", steps=1500, lr=1e-3, lr_end=0.1),
         "flowmap": dict(steps=1500),
-        "distill": dict(steps=150),
+        "distill": dict(steps=200),
     },
     "tiny": {  # seconds a stage: for tests and smoke runs
         "pretrain": dict(steps=20, batch_size=8, warmup=5, ema_start=5, save_every=10),

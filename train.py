@@ -118,7 +118,7 @@ RECIPES = {
     "toy": {
         "pretrain": dict(steps=6000, batch_size=16, lr=2e-3, lr_end=0.05, ema_start=200),
         "flowmap": dict(steps=2200, batch_size=16, lr_end=0.05),
-        "distill": dict(steps=400, batch_size=20, lr=2e-4, beta1=0.0, beta2=0.999, warmup=10, ema_decay=0.97, ema_start=50,
+        "distill": dict(steps=330, batch_size=24, lr=2e-4, beta1=0.0, beta2=0.999, warmup=10, ema_decay=0.97, ema_start=50,
                         budgets="1,1,2,4,8,16,50", cotrain=8.0),
     },
     "toy-causal": {  # what differs again with --causal, which starts from the bidirectional teacher

@@ -8,15 +8,16 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import checksum, write_text
-from model import FlowMapDiT, ModelConfig
+from model import ModelConfig, Tensors
 
 
 @dataclass
@@ -168,13 +169,15 @@ def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool) -
         aside.rename(stage / "model.safetensors")
 
 
-def load_model(stage: Path) -> tuple[FlowMapDiT, dict]:
-    """The network of a finished stage, on the CPU, and its state dict. Raises FileNotFoundError for an unfinished one."""
+def load_model(stage: Path) -> tuple[ModelConfig, Tensors]:
+    """The config and the tensors of a finished stage. Raises FileNotFoundError for an unfinished one, ValueError for a
+    damaged file."""
     path = Path(stage) / "model.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: the stage was not trained, or is not finished")
-    with safe_open(path, "pt") as file:
+    try:
+        file = safe_open(path, "pt")
         config = ModelConfig(**json.loads(file.metadata()["model_config"]))
-    network, state = FlowMapDiT(config), load_file(path)
-    load_weights(network, state, path)
-    return network, state
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: truncated, or not a stage's weights ({error}); --fresh trains the stage anew") from None
+    return config, Tensors({name: partial(file.get_tensor, name) for name in file.keys()})

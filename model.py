@@ -11,7 +11,9 @@ Causal generation (METHOD section 7) is the same network asked about one chunk o
 that do not see each other, in a `Context`: the prompt and the keys and values of the clean chunks before. A clip in one
 chunk, with nothing before it, is the bidirectional case.
 """
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -177,7 +179,7 @@ class Block(nn.Module):
         self.self_attn, self.cross_attn = Attention(c.dim, c.heads), Attention(c.dim, c.heads)
         self.norm_cross = nn.LayerNorm(c.dim, eps=1e-6)          # the only norm of the block with weights of its own
         self.ffn = MLP(c.dim, c.ffn_dim, c.dim, gelu)
-        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
         self.checkpointing = False                               # keep no activations, compute them again in backward
 
     def read(self, text):
@@ -240,7 +242,7 @@ class FlowMapDiT(nn.Module):
         self.time_proj = nn.Linear(c.dim, 6 * c.dim)
         self.text_embed = MLP(c.text_dim, c.dim, c.dim, gelu)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.head_modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim**0.5)
+        self.head_modulation = nn.Parameter(torch.zeros(1, 2, c.dim))
         self.head = nn.Linear(c.dim, c.patch * c.patch * c.channels)
 
     @torch.no_grad()
@@ -411,11 +413,35 @@ def gaussian_average_velocity(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor,
     return ((t + r) * (1 + std**2) - 2 * std**2) / (s_t * (s_t + s_r)) * z
 
 
-def as_flow_map(teacher_state: dict) -> dict:
-    """A plain teacher's state dict with the second time embedder added, copied from the first: at r = t the network
-    is the teacher exactly, whatever the gate."""
-    return teacher_state | {name.replace("time_embed", "r_embed"): value.clone()
-                            for name, value in teacher_state.items() if name.startswith("time_embed.")}
+class Tensors(Mapping):
+    """Named tensors, each read or made only when it is asked for: a large model never lies in memory twice."""
+
+    def __init__(self, makers: dict):
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.makers[name]()
+
+    def __iter__(self):
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+
+def as_flow_map(state: Mapping) -> Tensors:
+    """A plain teacher's tensors with the second time embedder added, a copy of the first: at r = t the network is the
+    teacher exactly, whatever the gate."""
+    copies = {name.replace("time_embed.", "r_embed."): name for name in state if name.startswith("time_embed.")}
+    return Tensors({name: partial(state.__getitem__, source) for name, source in ({n: n for n in state} | copies).items()})
+
+
+def as_causal(state: Mapping) -> Tensors:
+    """A bidirectional network's tensors with the compressed patch embedding added, interpolated from the patch embedding."""
+    def make(part):
+        return compressed_patch_embed({n: state[f"patch_embed.{n}"] for n in ("weight", "bias")})[part]
+    makers = {name: partial(state.__getitem__, name) for name in state}
+    return Tensors(makers | {f"far_patch_embed.{part}": partial(make, part) for part in ("weight", "bias")})
 
 
 def compressed_patch_embed(embed: dict) -> dict:
@@ -424,9 +450,3 @@ def compressed_patch_embed(embed: dict) -> dict:
     weight = embed["weight"]
     kernel = F.interpolate(weight.float(), size=(1, 2 * weight.shape[3], 2 * weight.shape[4]), mode="trilinear")
     return {"weight": kernel.to(weight.dtype), "bias": embed["bias"].clone()}
-
-
-def as_causal(state: dict) -> dict:
-    """A bidirectional network's state dict with the compressed patch embedding added."""
-    embed = {name: state[f"patch_embed.{name}"] for name in ("weight", "bias")}
-    return state | {f"far_patch_embed.{name}": value for name, value in compressed_patch_embed(embed).items()}

@@ -51,17 +51,18 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     """
     path = Path(path)
     if (path / "model.safetensors").exists() or not path.exists():
-        network, _ = checkpoint.load_model(path)
+        model_config, state = checkpoint.load_model(path)
         record = json.loads((path / "config.json").read_text())
     else:
         model_config, state = wan.load(path)
-        network = FlowMapDiT(model_config)
-        checkpoint.load_weights(network, state, path)
         own = wan.read_config(path)
         shape = ((frames - 1) // 4 + 1, model_config.channels, height // 8, width // 8)
         record = {"config": {"shift": 5.0, "guidance": 5.0, "full_chunks": own.get("full_chunk_limit", 3)}, "latent_shape": shape,
                   "chunks": own.get("chunk_partition", shape[:1]) if model_config.compressed else shape[:1]}
-    network, shape = network.to(device).eval().requires_grad_(False), tuple(record["latent_shape"])
+    with torch.device("meta"):
+        network = FlowMapDiT(model_config)
+    network, shape = network.to_empty(device=device).eval().requires_grad_(False), tuple(record["latent_shape"])
+    checkpoint.load_weights(network, state, path)
     if "vocabulary" in record:
         codec = encoders.PatchPCA.from_state(load_file(path / "codec.safetensors"))
         words = encoders.Words(record["vocabulary"], network.config.text_dim, record["text_length"])

@@ -311,7 +311,9 @@ def train(c: Config) -> Path:
     fresh = dataclasses.replace(PRESETS[c.preset], second_time=False, compressed=compressed)
 
     def network(config, state, origin) -> torch.nn.Module:
-        net = distributed.shard(FlowMapDiT(config).to(world.device), world, c.bf16)
+        with torch.device("meta"):                       # no rank ever holds the whole network: shards, then weights
+            net = FlowMapDiT(config)
+        net = distributed.shard(net, world, c.bf16).to_empty(device=world.device)
         for block in net.blocks:
             block.checkpointing = c.checkpointing
         checkpoint.load_weights(net, state, origin)
@@ -323,8 +325,8 @@ def train(c: Config) -> Path:
             origin, config = "fresh weights", fresh
             state = FlowMapDiT(fresh).init_weights(distributed.generator(c.seed, "init")).state_dict()
         elif (Path(origin) / "model.safetensors").exists():
-            net, state = checkpoint.load_model(origin)
-            config = dataclasses.replace(net.config, second_time=c.stage != "pretrain", compressed=compressed)
+            config, state = checkpoint.load_model(origin)
+            config = dataclasses.replace(config, second_time=c.stage != "pretrain", compressed=compressed)
             state = as_causal(state) if compressed and "far_patch_embed.weight" not in state else state
             state = as_flow_map(state) if c.stage == "flowmap" else state
         else:

@@ -11,8 +11,8 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 import cli
-from model import FlowMapDiT, ModelConfig, compressed_patch_embed
+from model import FlowMapDiT, ModelConfig, Tensors, as_causal, as_flow_map
 
 # Every module by name: ours, Diffusers', Wan's own ('' where a layout has no such tensor).
 TOP = (
@@ -63,24 +63,9 @@ def their_name(name: str, layout: str) -> str:
     raise AssertionError(f"no row for {name}")
 
 
-class Tensors(Mapping):
-    """Named tensors that are read when they are asked for, one at a time."""
-
-    def __init__(self, readers: dict, shapes: dict):
-        self.readers, self.shapes = readers, shapes
-
-    def __getitem__(self, name) -> torch.Tensor:
-        return self.readers[name]()
-
-    def __iter__(self):
-        return iter(self.readers)
-
-    def __len__(self):
-        return len(self.readers)
-
-
-def open_tensors(path: Path) -> Tensors:
-    """The tensors of a file or folder, under the names they have there. Raises ValueError for what cannot be read."""
+def open_tensors(path: Path) -> tuple[Tensors, dict]:
+    """The tensors of a file or folder under the names they have there, and their shapes. Raises ValueError for what cannot be
+    read."""
     files = weight_files(path)
     readers, shapes = {}, {}
     for file in files:
@@ -88,7 +73,7 @@ def open_tensors(path: Path) -> Tensors:
             if file.suffix == ".safetensors":
                 handle = safe_open(file, "pt")
                 for name in handle.keys():
-                    readers[name] = lambda handle=handle, name=name: handle.get_tensor(name)
+                    readers[name] = partial(handle.get_tensor, name)
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
             else:
                 found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -108,7 +93,7 @@ def open_tensors(path: Path) -> Tensors:
     strip = [prefix for prefix in ("model.", "module.") if readers and all(name.startswith(prefix) for name in readers)]
     def plain(name):
         return name.removeprefix(strip[0] if strip else "").replace("_fsdp_wrapped_module.", "")
-    return Tensors({plain(n): r for n, r in readers.items()}, {plain(n): s for n, s in shapes.items()})
+    return Tensors({plain(n): r for n, r in readers.items()}), {plain(n): s for n, s in shapes.items()}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -137,7 +122,7 @@ def read_config(path: Path) -> dict:
     return json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
 
 
-def load(path, second_time: bool | None = None, compressed: bool | None = None) -> tuple[ModelConfig, Mapping]:
+def load(path, second_time: bool | None = None, compressed: bool | None = None) -> tuple[ModelConfig, Tensors]:
     """(config, state) of the weights at `path`: state has our names and reads each tensor when it is asked for, so that
     `checkpoint.load_weights` never holds more than the network and one tensor.
 
@@ -146,18 +131,18 @@ def load(path, second_time: bool | None = None, compressed: bool | None = None) 
     embedding as the interpolated one. None: as the weights are. False: leave them out.
     Raises ValueError that names the file, or the first tensor that is missing, left over, or of another shape.
     """
-    tensors, record = open_tensors(Path(path)), read_config(path)
-    names = next((dict(zip(LAYOUTS, n)) for n in (("condition_embedder.time_embedder.linear_1.weight", "time_embedding.0.weight"),)))
-    layout = next((layout for layout, name in names.items() if name in tensors), None)
+    (tensors, shapes), record = open_tensors(Path(path)), read_config(path)
+    marks = zip(LAYOUTS, ("condition_embedder.time_embedder.linear_1.weight", "time_embedding.0.weight"))
+    layout = next((layout for layout, name in marks if name in shapes), None)
     if layout is None:
         some = ", ".join(sorted(tensors)[:3])
         raise ValueError(f"{path}: neither Diffusers' nor Wan's names ({len(tensors)} tensors: {some} ...)")
 
     def shape(ours):
         name = their_name(ours, layout)
-        if name not in tensors.shapes:
+        if name not in shapes:
             raise ValueError(f"{path}: tensor {name} is missing")
-        return tensors.shapes[name]
+        return shapes[name]
     patch, up = shape("patch_embed.weight"), shape("time_embed.up.weight")
     has = {flag: bool(their_name(name, layout)) and their_name(name, layout) in tensors
            for flag, name in (("second_time", "r_embed.up.weight"), ("compressed", "far_patch_embed.weight"))}
@@ -170,29 +155,19 @@ def load(path, second_time: bool | None = None, compressed: bool | None = None) 
                          gate=record.get("gate_value", 0.25), **want)
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in FlowMapDiT(config).named_parameters()}
-    theirs = {name: their_name(name, layout) for name in expected}
-    made = {name for name in expected if name.startswith("r_embed.") and not has["second_time"]
-            or name.startswith("far_patch_embed.") and not has["compressed"]}
-    for name, other in theirs.items():
-        if name not in made:
-            if other not in tensors:
-                raise ValueError(f"{path}: tensor {other} is missing")
-            if tensors.shapes[other] != expected[name]:
-                raise ValueError(f"{path}: tensor {other} has shape {tensors.shapes[other]}, expected {expected[name]}")
-    with torch.device("meta"):
         everything = FlowMapDiT(replace(config, second_time=True, compressed=True)).state_dict()
-    known = {their_name(name, layout) for name in everything}
-    for other in sorted(tensors.keys() - known):
-        raise ValueError(f"{path}: tensor {other}, of shape {tensors.shapes[other]}, is not of this network")
-
-    def reader(name):
-        if name not in made:
-            return lambda: tensors[theirs[name]]
-        if name.startswith("r_embed."):
-            return lambda: tensors[theirs[name.replace("r_embed.", "time_embed.")]]
-        part = name.removeprefix("far_patch_embed.")
-        return lambda: compressed_patch_embed({n: tensors[theirs[f"patch_embed.{n}"]] for n in ("weight", "bias")})[part]
-    return config, Tensors({name: reader(name) for name in expected}, expected)
+    added = tuple(prefix for flag, prefix in (("second_time", "r_embed."), ("compressed", "far_patch_embed.")) if not has[flag])
+    theirs = {name: their_name(name, layout) for name in expected if not name.startswith(added)}
+    for name, other in theirs.items():
+        if other not in shapes:
+            raise ValueError(f"{path}: tensor {other} is missing")
+        if shapes[other] != expected[name]:
+            raise ValueError(f"{path}: tensor {other} has shape {shapes[other]}, expected {expected[name]}")
+    for other in sorted(shapes.keys() - {their_name(name, layout) for name in everything}):
+        raise ValueError(f"{path}: tensor {other}, of shape {shapes[other]}, is not of this network")
+    state = Tensors({name: partial(tensors.__getitem__, other) for name, other in theirs.items()})
+    state = as_flow_map(state) if config.second_time and not has["second_time"] else state
+    return config, as_causal(state) if config.compressed and not has["compressed"] else state
 
 
 def export(stage, to, base=None, copy: bool = False) -> Path:
@@ -202,8 +177,7 @@ def export(stage, to, base=None, copy: bool = False) -> Path:
     ValueError for a network that Diffusers' classes cannot hold (a toy one, or a teacher without a second time).
     """
     stage, to = Path(stage), Path(to)
-    network, state = checkpoint.load_model(stage)
-    c, record = network.config, json.loads((stage / "config.json").read_text())
+    (c, state), record = checkpoint.load_model(stage), json.loads((stage / "config.json").read_text())
     if c.output_skip or c.time_scale != 1000 or not c.second_time:
         raise ValueError(f"{stage}: Diffusers has no class for it: output_skip {c.output_skip} (must be 0), time_scale "
                          f"{c.time_scale} (1000), second_time {c.second_time} (True: stage flowmap or distill)")
@@ -335,7 +309,8 @@ def main(argv=None) -> None:
     try:
         if args.what == "show":
             config, state = load(args.path)
-            count = sum(torch.Size(shape).numel() for shape in state.shapes.values())
+            with torch.device("meta"):
+                count = sum(p.numel() for p in FlowMapDiT(config).parameters())
             print(f"{args.path}: {count:,} parameters in {len(state)} tensors, float32 {4 * count / 2**30:.1f} GiB\n{asdict(config)}")
         else:
             if not args.to:

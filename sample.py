@@ -59,6 +59,8 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
         shape = ((frames - 1) // 4 + 1, model_config.channels, height // 8, width // 8)
         record = {"config": {"shift": 5.0, "guidance": 5.0, "full_chunks": own.get("full_chunk_limit", 3)}, "latent_shape": shape,
                   "chunks": own.get("chunk_partition", shape[:1]) if model_config.compressed else shape[:1]}
+    if "vocabulary" not in record and not base:
+        raise ValueError(f"{path} works on Wan's latents: give the folder of Wan's text encoder and autoencoder with --base")
     with torch.device("meta"):
         network = FlowMapDiT(model_config)
     network, shape = network.to_empty(device=device).eval().requires_grad_(False), tuple(record["latent_shape"])
@@ -67,8 +69,6 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
         codec = encoders.PatchPCA.from_state(load_file(path / "codec.safetensors"))
         words = encoders.Words(record["vocabulary"], network.config.text_dim, record["text_length"])
         return Pipeline(network, codec, words, record["config"], shape, tuple(record["chunks"]))
-    if not base:
-        raise ValueError(f"{path} works on Wan's latents: give the folder of Wan's text encoder and autoencoder with --base")
     return Pipeline(network, wan.Codec(base, device), wan.Text(base, device), record["config"], shape, tuple(record["chunks"]),
                     wan.NEGATIVE_PROMPT)
 
@@ -237,8 +237,8 @@ def main(argv=None) -> None:
                         help="euler follows the flow map; consistency re-noises at each step (default euler)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none (default: 1 for a flow map, which has "
                         "it built in; for a teacher the scale that the flow map would be trained with)")
-    parser.add_argument("--frames", type=int, help="pixel frames: of a causal model, rounded up to whole chunks, or for weights without a "
-                        "run (default: as trained, or 81)")
+    parser.add_argument("--frames", type=int, help="pixel frames: of a causal model, rounded up to whole chunks, or for "
+                        "weights without a run (default: as trained, or 81)")
     parser.add_argument("--image", type=Path, help="causal: the clip starts from this picture (image-to-video)")
     parser.add_argument("--video", type=Path, help="causal: the clip goes on from this one's whole chunks (video-to-video)")
     parser.add_argument("--prompt-at", nargs=2, action="append", default=[], metavar=("M", "PROMPT"),
@@ -289,7 +289,7 @@ def main(argv=None) -> None:
         seeds = list(range(args.seed, args.seed + len(captions)))
         options = {"window": args.window, "prompt_at": {int(chunk): prompt for chunk, prompt in args.prompt_at}}
         start = args.image or args.video
-        if args.frames and args.frames != pipeline.codec.frames(pipeline.latent_shape[0]):
+        if args.frames and args.frames != pipeline.codec.frames(sum(pipeline.chunks)):
             options["chunks"] = chunks_for(pipeline, args.frames)
         if start:
             given = given_latents(pipeline, start, bool(args.image), options.get("chunks", pipeline.chunks))
@@ -319,7 +319,7 @@ def main(argv=None) -> None:
         print(f"{path}: {caption} (seed {seeds[i]}, {len(grid) - 1} steps, {stage.name})")
     if args.sheet:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        iio.imwrite(args.sheet, to_pixels(contact_sheet(clips), clips.shape[-2] * 4))
+        iio.imwrite(args.sheet, to_pixels(contact_sheet(clips), clips.shape[-2] * 4 * len(clips)))
         print(args.sheet)
 
 

@@ -124,7 +124,7 @@ RECIPES = {
     "toy-causal": {  # what differs again with --causal, which starts from the bidirectional teacher
         "pretrain": dict(base="runs/toy-{data}/pretrain", steps=1500, lr=1e-3, lr_end=0.1),
         "flowmap": dict(steps=1500),
-        "distill": dict(steps=200),
+        "distill": dict(steps=120, real_guidance=1.5),
     },
     "tiny": {  # seconds a stage: for tests and smoke runs
         "pretrain": dict(steps=20, batch_size=8, warmup=5, ema_start=5, save_every=10),

@@ -75,14 +75,14 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
 
 @torch.no_grad()
 def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
-            sampler: str = "euler", guidance: float = 1.0, chunks=None, given: torch.Tensor | None = None, window: int = 0,
+            sampler: str = "euler", guidance: float = 1.0, chunks=None, given: torch.Tensor | None = None, window: int | None = None,
             prompt_at: dict[int, str] | None = None):
     """Yields the latents (B, F of a chunk, C, h, w) of clips chunk by chunk, one clip for each caption and seed; a
     bidirectional model yields its one chunk.
 
     chunks: latent frames of each chunk (default: as trained); more than trained make a longer video. given: latents (B, F,
     C, H, W) of the first frames, whole chunks of them, which are kept as they are (image- and video-to-video). window:
-    how many past chunks are remembered (0: all). prompt_at: another caption for all clips from chunk m on.
+    how many past chunks are remembered (None: as many as in training, which long videos need; 0: all). prompt_at: another caption for all clips from chunk m on.
     guidance: classifier-free guidance, for a teacher; 1 for flow maps, which have theirs built in.
     Raises ValueError for a caption with unknown words, a grid that does not fall from 1 to 0, or a `given` that does not
     end where a chunk ends.
@@ -91,6 +91,7 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
     flowmap.check_grid(grid)
     if chunks and len(pipeline.chunks) == 1:
         raise ValueError("this model was trained on whole clips (without --causal): it has one length and one chunk")
+    window = len(pipeline.chunks) - 1 if window is None else window
     chunks, given = tuple(chunks or pipeline.chunks), given if given is None else given.to(device)
     ends, frames = [sum(chunks[: i + 1]) for i in range(len(chunks))], 0 if given is None else given.shape[1]
     if frames and frames not in ends[:-1]:
@@ -243,7 +244,8 @@ def main(argv=None) -> None:
     parser.add_argument("--video", type=Path, help="causal: the clip goes on from this one's whole chunks (video-to-video)")
     parser.add_argument("--prompt-at", nargs=2, action="append", default=[], metavar=("M", "PROMPT"),
                         help="causal: another prompt from chunk M on, counted from 0; may be given several times")
-    parser.add_argument("--window", type=int, default=0, help="causal: past chunks that are remembered (default 0: all)")
+    parser.add_argument("--window", type=int, help="causal: past chunks that are remembered; 0: all (default: as many as in "
+                        "training, which long videos need)")
     parser.add_argument("--stream", action="store_true", help="write each chunk as soon as it is ready; prints the time to "
                         "the first chunk and the frames a second")
     parser.add_argument("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",

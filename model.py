@@ -120,6 +120,7 @@ class Context:
     past: tuple[Chunk, ...] = ()  # compressed chunks, then full ones, in the order of the video
     start: int = 0                # position in the video of z's first frame
     chunks: tuple[int, ...] = ()  # frames of each chunk of z; none: z is one chunk
+    adapter: str = ""             # which of the adapters on the weights (lora.py) is added; none: the weights as they are
     recent: tuple = ()            # clean latents of the full chunks of `past`, for when the window slides
 
     def __getitem__(self, rows) -> "Context":
@@ -131,22 +132,34 @@ class Context:
                        recent=tuple(z[rows] for z in self.recent))
 
 
+class Linear(nn.Linear):
+    """A Linear that may carry low-rank adapters (lora.py), of which a call names the one to add."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(dim_in, dim_out)
+        self.adapters = nn.ModuleDict()
+
+    def forward(self, x, adapter: str = ""):
+        y = super().forward(x)
+        return y + self.adapters[adapter](x) if adapter in self.adapters else y
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.out = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)    # over all heads' channels at once
 
-    def memory(self, context):
+    def memory(self, context, adapter: str = ""):
         """Keys, not rotated, and values of context, all (B, L', D)."""
-        return self.norm_k(self.k(context)), self.v(context)
+        return self.norm_k(self.k(context, adapter)), self.v(context, adapter)
 
-    def forward(self, x, k, v, rope=None, spans=None):
+    def forward(self, x, k, v, rope=None, spans=None, adapter: str = ""):
         """x (B, L, D) asks, keys and values (B, L', D) answer; rope (L', K / 2) turns all keys and, with its end, the
         queries. spans: which queries may see which keys, as (start, stop, key ranges); none: all see all."""
         q, k, v = (m.unflatten(-1, (self.heads, -1)).transpose(1, 2)                         # (B, N, L or L', K)
-                   for m in (self.norm_q(self.q(x)), k, v))
+                   for m in (self.norm_q(self.q(x, adapter)), k, v))
         if rope is not None:
             q, k = rotate(q, rope[-q.shape[2]:]), rotate(k, rope)
         parts = []
@@ -155,7 +168,7 @@ class Attention(nn.Module):
             seen = (m[0] if len(m) == 1 else torch.cat(m, 2) for m in seen)
             parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], *seen))
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 2)                             # (B, N, L,  K)
-        return self.out(x.transpose(1, 2).flatten(2))                                        # (B, L, D)
+        return self.out(x.transpose(1, 2).flatten(2), adapter)                               # (B, L, D)
 
 
 class MLP(nn.Module):
@@ -163,10 +176,10 @@ class MLP(nn.Module):
 
     def __init__(self, dim_in: int, dim_hidden: int, dim_out: int, activation):
         super().__init__()
-        self.up, self.down, self.activation = nn.Linear(dim_in, dim_hidden), nn.Linear(dim_hidden, dim_out), activation
+        self.up, self.down, self.activation = Linear(dim_in, dim_hidden), Linear(dim_hidden, dim_out), activation
 
-    def forward(self, x):
-        return self.down(self.activation(self.up(x)))
+    def forward(self, x, adapter: str = ""):
+        return self.down(self.activation(self.up(x, adapter)), adapter)
 
 
 def gelu(x):
@@ -186,38 +199,41 @@ class Block(nn.Module):
         """The prompt's keys and values for cross-attention, from text (B, T, D)."""
         return self.cross_attn.memory(text)
 
-    def forward(self, x, modulation, text, rope, spans=None, past=()):
+    def forward(self, x, modulation, text, rope, spans=None, past=(), adapter: str = ""):
         """x (B, F, S, D), modulation (B, F or 1, 6, D) in fp32, text (B, T, D) or its keys and values, rope of past and
         own tokens (L', K / 2), past: keys and values of each chunk before. Returns x, and its own keys and values."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, modulation, text, rope, spans, past, use_reentrant=False)
-        return self.compute(x, modulation, text, rope, spans, past)
+            return checkpoint(self.compute, x, modulation, text, rope, spans, past, adapter, use_reentrant=False)
+        return self.compute(x, modulation, text, rope, spans, past, adapter)
 
-    def compute(self, x, modulation, text, rope, spans, past):
+    def compute(self, x, modulation, text, rope, spans, past, adapter):
         # Modulation depends on the frame only and broadcasts over its tokens: never expanded to (B, L, 6, D).
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unsqueeze(3).unbind(2)
         size = x.shape[1:3]
         h = (layer_norm(x) * (1 + scale1) + shift1).type_as(x).flatten(1, 2)                 # (B, L, D)
-        own = self.self_attn.memory(h)
+        own = self.self_attn.memory(h, adapter)
         k, v = (torch.cat([*before, now], 1) for *before, now in zip(*past, own)) if past else own
-        x = (x.float() + gate1 * self.self_attn(h, k, v, rope, spans).unflatten(1, size)).type_as(x)
+        x = (x.float() + gate1 * self.self_attn(h, k, v, rope, spans, adapter).unflatten(1, size)).type_as(x)
         h = layer_norm(x, self.norm_cross.weight, self.norm_cross.bias).type_as(x).flatten(1, 2)
         text = text if isinstance(text, tuple) else self.cross_attn.memory(text)
         x = x + self.cross_attn(h, *text).unflatten(1, size)
         h = (layer_norm(x) * (1 + scale2) + shift2).type_as(x)                               # (B, F, S, D)
-        return (x.float() + gate2 * self.ffn(h)).type_as(x), own
+        return (x.float() + gate2 * self.ffn(h, adapter)).type_as(x), own
 
 
 class PatchEmbed(nn.Module):
-    """Conv3d with kernel = stride = (1, P, P), written as one Linear over flattened patches."""
+    """Conv3d with kernel = stride = (1, P, P), written as one Linear over flattened patches. An adapter replaces it."""
 
     def __init__(self, channels: int, patch: int, dim: int):
         super().__init__()
         self.patch = patch
         self.weight = nn.Parameter(torch.empty(dim, channels, 1, patch, patch))
         self.bias = nn.Parameter(torch.zeros(dim))
+        self.adapters = nn.ModuleDict()
 
-    def forward(self, z):
+    def forward(self, z, adapter: str = ""):
+        if adapter in self.adapters:
+            return self.adapters[adapter](z)
         P = self.patch
         z = z.unflatten(4, (-1, P)).unflatten(3, (-1, P)).permute(0, 1, 3, 5, 2, 4, 6)       # (B, F, h, w, C, P, P)
         z = z.flatten(4).flatten(2, 3).to(self.weight.dtype)                                 # (B, F, S, C * P * P)
@@ -277,7 +293,7 @@ class FlowMapDiT(nn.Module):
         context = context if isinstance(context, Context) else Context(context)
         t, r = (time.float().view(len(z), -1) for time in (t, r))                   # (B, F) or (B, 1)
         r = r if c.second_time else t
-        e = self.embed_times(t, r)
+        e = self.embed_times(t, r, context.adapter)
         x, _ = self.run(z, self.patch_embed, e, context)                            # (B, F, S, D)
 
         shift, scale = (self.head_modulation.float() + e.float().unsqueeze(2)).unsqueeze(3).unbind(2)
@@ -295,7 +311,7 @@ class FlowMapDiT(nn.Module):
             raise ValueError("this network has no compressed patch embedding: keep every past chunk full")
         zero = torch.zeros(len(z), 1, device=z.device)
         embed = self.far_patch_embed if compressed else self.patch_embed
-        _, layers = self.run(z, embed, self.embed_times(zero, zero), context, encoding=True)
+        _, layers = self.run(z, embed, self.embed_times(zero, zero, context.adapter), context, encoding=True)
         tokens, chunks, frame = layers[0][0].shape[1] // z.shape[1], [], 0
         for frames in context.chunks or (z.shape[1],):
             rows = slice(frame * tokens, (frame + frames) * tokens)
@@ -310,12 +326,12 @@ class FlowMapDiT(nn.Module):
         text = self.text_embed(text.to(self.time_proj.weight.dtype))
         return tuple(block.read(text) for block in self.blocks)
 
-    def embed_times(self, t, r):
+    def embed_times(self, t, r, adapter: str = ""):
         """e (B, F or 1, D), the mixed embedding of both times."""
         c, dtype = self.config, self.time_proj.weight.dtype
-        e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype))
+        e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype), adapter)
         if c.second_time:
-            e = (1 - c.gate) * e + c.gate * self.r_embed(time_features(r, c.freq_dim, c.time_scale).to(dtype))
+            e = (1 - c.gate) * e + c.gate * self.r_embed(time_features(r, c.freq_dim, c.time_scale).to(dtype), adapter)
         return e
 
     def run(self, z, embed, e, context: Context, encoding: bool = False):
@@ -338,10 +354,11 @@ class FlowMapDiT(nn.Module):
         modulation = self.time_proj(F.silu(e)).unflatten(-1, (6, -1)).float()       # (B, F or 1, 6, D)
         text = context.text
         text = [self.text_embed(text.to(e.dtype))] * c.layers if isinstance(text, torch.Tensor) else text
-        x = embed(z)                                                                # (B, F, S, D)
+        x = embed(z, context.adapter)                                               # (B, F, S, D)
         spans, layers = attention_spans(context, chunks, x.shape[2], sees_earlier_own=encoding), []
         for i, block in enumerate(self.blocks):
-            x, memory = block(x, modulation, text[i], rope, spans, tuple(chunk.memory[i] for chunk in context.past))
+            x, memory = block(x, modulation, text[i], rope, spans, tuple(chunk.memory[i] for chunk in context.past),
+                              context.adapter)
             if encoding:
                 layers.append(memory)
         return x, layers

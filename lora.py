@@ -1,0 +1,88 @@
+"""Named low-rank adapters on one frozen base: several networks for little more than the memory of one.
+
+    y = W x + b + (alpha / rank) up down x          one pair (down, up) for each Linear that is adapted, and each name
+
+An adapter is asked for by name (`Context.adapter`), as data: no network has an active adapter, so that a checkpointed
+block computes the same again in the backward pass, whatever was called in between. The layers that are adapted are those
+of the released recipe (METHOD section 8); the compressed patch embedding is small and is replaced as a whole.
+
+Legend:  D_in, D_out widths of a Linear   R rank
+"""
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "ffn.up", "ffn.down", "time_embed.up",
+           "time_embed.down", "r_embed.up", "r_embed.down")
+REPLACED = ("far_patch_embed",)
+
+
+class LowRank(nn.Module):
+    """x (..., D_in) -> (alpha / rank) up down x (..., D_out)."""
+
+    def __init__(self, dim_in: int, dim_out: int, rank: int, scale: float):
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.empty(rank, dim_in)), nn.Parameter(torch.empty(dim_out, rank))
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale * F.linear(F.linear(x, self.down), self.up)
+
+
+def add_adapter(network: nn.Module, name: str, rank: int, alpha: float) -> None:
+    """Give `network` (model.FlowMapDiT) an adapter, its tensors uninitialised. Raises ValueError for a name that is taken
+    or a rank below 1."""
+    if rank < 1:
+        raise ValueError(f"an adapter of rank {rank}: must be at least 1")
+    if any(f".adapters.{name}." in key for key, _ in network.named_parameters()):
+        raise ValueError(f"there is an adapter {name!r} already")
+    for path, module in list(network.named_modules()):
+        if path.endswith(TARGETS):
+            module.adapters[name] = LowRank(module.in_features, module.out_features, rank, alpha / rank)
+        elif path in REPLACED:
+            module.adapters[name] = type(module)(module.weight.shape[1], module.patch, module.weight.shape[0])
+
+
+class Adapted:
+    """A network that shares its base with others: called like FlowMapDiT, it asks the base with its adapter. Its
+    parameters are those of the adapter, under the names that they have in a file."""
+
+    def __init__(self, network: nn.Module, name: str):
+        self.network, self.name = network, name
+
+    def __call__(self, z, t, r, context):
+        return self.network(z, t, r, replace(context, adapter=self.name))
+
+    def encode(self, z, context, compressed: bool = False):
+        return self.network.encode(z, replace(context, adapter=self.name), compressed)
+
+    def named_parameters(self):
+        infix = f".adapters.{self.name}."
+        return [(name.replace(infix, "."), p) for name, p in self.network.named_parameters() if infix in name]
+
+    def parameters(self):
+        return [p for _, p in self.named_parameters()]
+
+    def requires_grad_(self, on: bool = True) -> "Adapted":
+        for p in self.parameters():
+            p.requires_grad_(on)
+        return self
+
+
+def fresh_adapter(base: Mapping, rank: int, generator: torch.Generator) -> dict:
+    """An adapter's first tensors for a network of tensors `base`: down uniform within 1 / sqrt(D_in), up zero, so that the
+    network starts as its base."""
+    state = {}
+    for name in base:
+        path = name.removesuffix(".weight")
+        if path != name and path.endswith(TARGETS):
+            d_out, d_in = base[name].shape
+            state[f"{path}.down"] = (2 * torch.rand(rank, d_in, generator=generator) - 1) / d_in**0.5
+            state[f"{path}.up"] = torch.zeros(d_out, rank)
+        elif name.startswith(REPLACED):
+            state[name] = base[name].float()
+    return state

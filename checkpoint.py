@@ -1,8 +1,10 @@
 """Training state on disk: EMA, checkpoints that resume bit for bit, and the final weights of a stage.
 
 A stage's folder holds config.json, log.jsonl, codec.safetensors (what turns clips into latents), checkpoints/STEP/
-(everything that training needs to go on) and, when the stage is finished, model.safetensors (what is sampled: the EMA).
-Only safetensors and JSON are read: nothing that could execute code.
+(everything that training needs to go on) and, when the stage is finished, model.safetensors (what is sampled: the EMA of
+the network, or of its adapter). Checkpoints are written and read by torch.distributed.checkpoint: every rank writes the
+shards that it holds, and another number of ranks may read them. Only safetensors and JSON are read: nothing that could
+execute code.
 """
 import json
 import os
@@ -12,17 +14,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import checksum, write_text
+from data import checksum
+from distributed import World, merge_over_ranks, sum_over_ranks
 from model import ModelConfig, Tensors
 
 
 @dataclass
 class Trainable:
-    """A network that is trained, with its AdamW state and, optionally, the EMA of its weights (fp32, sharded alike)."""
+    """A network (or an adapter, lora.Adapted) that is trained, with its AdamW state and, optionally, the EMA of its weights
+    (fp32, sharded alike)."""
     network: torch.nn.Module
     optimizer: torch.optim.AdamW
     ema: dict | None = None
@@ -70,9 +75,9 @@ def fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def load_weights(network: torch.nn.Module, state: dict, source) -> None:
-    """Fill a network, sharded or not, from whole tensors. Raises ValueError naming the first tensor that is missing,
-    left over or of another shape."""
-    parameters = dict(network.named_parameters())
+    """Fill a network without its adapters, or one adapter (lora.Adapted), sharded or not, from whole tensors. Raises
+    ValueError naming the first tensor that is missing, left over or of another shape."""
+    parameters = {name: p for name, p in network.named_parameters() if ".adapters." not in name}
     for name in sorted(parameters.keys() ^ state.keys()):
         raise ValueError(f"{source}: tensor {name} is {'missing' if name in parameters else 'not of this network'}")
     for name, p in parameters.items():
@@ -82,42 +87,72 @@ def load_weights(network: torch.nn.Module, state: dict, source) -> None:
         fill(p, value)
 
 
-def write_aside(folder: Path, write) -> None:
-    """Make `folder` in one instant: write(temporary folder), flush to disk, rename. A kill leaves old or new, never
-    half."""
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    for file in aside.rglob("*"):
+def sync(files) -> None:
+    """Flush files to the disk."""
+    for file in files:
         if file.is_file():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
+
+
+def write_aside(folder: Path, write) -> None:
+    """Make `folder` in one instant: write(temporary folder), flush to disk, rename. A kill leaves old or new, never
+    half."""
+    aside = aside_of(folder)
+    write(aside)
+    sync(aside.rglob("*"))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
-def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counters: dict, is_main: bool, keep: int = 2):
-    """Write checkpoints/STEP after `step` updates; the newest `keep` stay. Every rank must call it, rank 0 writes."""
-    tensors = {}
-    for prefix, part in parts.items():
-        tensors |= {name: whole(tensor) for name, tensor in part.tensors(prefix).items()}
-    if not is_main:
-        return
+def aside_of(folder: Path) -> Path:
+    """An empty folder to write `folder` in."""
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
 
-    def write(folder):
-        save_file(tensors, folder / "state.safetensors")
-        record = {"step": step, **counters, "sha256": checksum(folder / "state.safetensors")}
-        (folder / "state.json").write_text(json.dumps(record))
-    try:
-        write_aside(stage / "checkpoints" / f"{step:08d}", write)
-    except (OSError, SafetensorError) as error:
-        kept = checkpoints(stage)
-        raise SystemExit(f"cannot write a checkpoint in {stage / 'checkpoints'}: {error}. "
-                         + (f"{kept[-1]} is kept: make room, then run the same command again" if kept else
-                            "Make room, then run the same command again")) from None
-    for old in checkpoints(stage)[:-keep]:
-        shutil.rmtree(old)
+
+def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counters: dict, world: World, keep: int = 2) -> None:
+    """Write checkpoints/STEP after `step` updates; the newest `keep` stay. Every rank must call it, and writes its shards.
+
+    Raises SystemExit, on every rank, when the disk is full or cannot be written; the checkpoints before are kept.
+    """
+    folder = stage / "checkpoints" / f"{step:08d}"
+    aside = folder.with_name(folder.name + ".partial")
+
+    def together(act):
+        """act() on every rank; all end when it fails on one."""
+        problem = ""
+        try:
+            act()
+        except (OSError, SafetensorError, dcp.CheckpointException) as error:
+            problem = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        if sum_over_ranks(float(bool(problem)), world=world)[0]:
+            kept = "".join(f"{path} is kept. " for path in checkpoints(stage)[-1:])
+            raise SystemExit(f"cannot write {aside}: {problem or 'see the other ranks'}. {kept}Make room, then run the same "
+                             f"command again")
+
+    def write():
+        tensors = {}
+        for prefix, part in parts.items():
+            tensors |= part.tensors(prefix)
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
+
+    def finish():
+        own = sorted(aside.iterdir())[world.rank::world.size]
+        sync(own)
+        sums = merge_over_ranks({file.name: checksum(file) for file in own}, world)
+        if world.is_main:
+            (aside / "state.json").write_text(json.dumps({"step": step, **counters, "sha256": sums}))
+            sync([aside / "state.json"])
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+            for old in checkpoints(stage)[:-keep]:
+                shutil.rmtree(old)
+    together(lambda: world.is_main and aside_of(folder))
+    together(write)
+    together(finish)
 
 
 def checkpoints(stage: Path) -> list[Path]:
@@ -125,16 +160,19 @@ def checkpoints(stage: Path) -> list[Path]:
     return sorted(p for p in (stage / "checkpoints").glob("*") if p.name.isdigit())
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint is what was written: both files are there and the checksum fits."""
+def is_whole(folder: Path, world: World) -> bool:
+    """Whether a checkpoint is what was written: every file is there and its checksum fits. Each rank reads some."""
     try:
-        return json.loads((folder / "state.json").read_text())["sha256"] == checksum(folder / "state.safetensors")
+        sums = json.loads((folder / "state.json").read_text())["sha256"]
+        bad = not sums or any(checksum(folder / name) != sums[name] for name in sorted(sums)[world.rank::world.size])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        bad = True
+    return sum_over_ranks(float(bad), world=world)[0] == 0
 
 
-def load_checkpoint(stage: Path, parts: dict[str, Trainable], say=print) -> dict:
-    """Fill `parts` from the newest checkpoint; returns its counters ("step", ...), or {} when there is none.
+def load_checkpoint(stage: Path, parts: dict[str, Trainable], world: World, say=print) -> dict:
+    """Fill `parts` from the newest checkpoint, whatever number of ranks wrote it; returns its counters ("step", ...), or {}
+    when there is none.
 
     A damaged checkpoint is named and the one before it used. Raises ValueError for one of another network, or when all
     are damaged.
@@ -142,42 +180,64 @@ def load_checkpoint(stage: Path, parts: dict[str, Trainable], say=print) -> dict
     found = checkpoints(stage)
     if not found:
         return {}
-    damaged = []
-    while found and not is_whole(found[-1]):
-        damaged.append(found.pop())
-        say(f"{damaged[-1]} is damaged (truncated, or not what was written) and is left out")
+    while found and not is_whole(found[-1], world):
+        say(f"{found.pop()} is damaged (truncated, or not what was written) and is left out")
     if not found:
         raise ValueError(f"every checkpoint in {stage / 'checkpoints'} is damaged; --fresh trains the stage anew")
-    with safe_open(found[-1] / "state.safetensors", "pt") as file:
-        targets = {}
-        for prefix, part in parts.items():
-            targets |= part.tensors(prefix)
-        if set(file.keys()) != set(targets):
-            raise ValueError(f"{found[-1]}: the training state of another network; start anew with --fresh, or use "
-                             f"another --run-dir")
-        for name, tensor in targets.items():
-            fill(tensor, file.get_tensor(name))
+    tensors = {}
+    for prefix, part in parts.items():
+        tensors |= part.tensors(prefix)
+    reader = dcp.HuggingFaceStorageReader(str(found[-1]))
+    saved = reader.read_metadata().state_dict_metadata
+    if {name: entry.size for name, entry in saved.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise ValueError(f"{found[-1]}: the training state of another network; start anew with --fresh, or use another "
+                         f"--run-dir")
+    dcp.load(tensors, storage_reader=reader)
     return json.loads((found[-1] / "state.json").read_text())
 
 
-def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool) -> None:
-    """model.safetensors: the finished stage's weights with the network's config in the file's header."""
-    tensors = {name: whole(tensor) for name, tensor in weights.items()}
+def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool, adapter: dict | None = None) -> None:
+    """model.safetensors: the finished stage's weights with the network's config in the file's header.
+
+    adapter: for the weights of an adapter its rank, alpha and base, the path of the weights that it adapts. Every rank must
+    call it. Tensors are gathered, and written, one at a time: no rank ever holds the whole network.
+    """
+    aside = stage / "model.safetensors.partial"
+    metadata = {"model_config": json.dumps(asdict(config))} | ({"adapter": json.dumps(adapter)} if adapter else {})
+    write_tensors(aside, {name: (tensor.shape, tensor.dtype, partial(whole, tensor)) for name, tensor in weights.items()},
+                  metadata, is_main)
     if is_main:
-        aside = stage / "model.safetensors.partial"
-        save_file(tensors, aside, metadata={"model_config": json.dumps(asdict(config))})
         aside.rename(stage / "model.safetensors")
 
 
-def load_model(stage: Path) -> tuple[ModelConfig, Tensors]:
-    """The config and the tensors of a finished stage. Raises FileNotFoundError for an unfinished one, ValueError for a
-    damaged file."""
+def write_tensors(path: Path, tensors: dict, metadata: dict, is_main: bool = True) -> None:
+    """A safetensors file written one tensor at a time: each is (shape, dtype, what makes it). All ranks make, rank 0
+    writes. The header is the library's own, of empty stand-ins with the true sizes put in."""
+    header, end = {"__metadata__": metadata}, 0
+    names = {dtype: json.loads(save({"x": torch.empty(0, dtype=dtype)})[8:])["x"]["dtype"] for _, dtype, _ in tensors.values()}
+    for name, (shape, dtype, _) in tensors.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") if is_main else open(os.devnull, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, make in tensors.values():
+            value = make()
+            if is_main:
+                file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def load_model(stage: Path) -> tuple[ModelConfig, Tensors, dict | None]:
+    """The config and the tensors of a finished stage; and, where they are those of an adapter, its rank, alpha and base.
+    Raises FileNotFoundError for an unfinished one, ValueError for a damaged file."""
     path = Path(stage) / "model.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: the stage was not trained, or is not finished")
     try:
         file = safe_open(path, "pt")
-        config = ModelConfig(**json.loads(file.metadata()["model_config"]))
+        metadata = file.metadata()
+        config, adapter = ModelConfig(**json.loads(metadata["model_config"])), json.loads(metadata.get("adapter", "null"))
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: truncated, or not a stage's weights ({error}); --fresh trains the stage anew") from None
-    return config, Tensors({name: partial(file.get_tensor, name) for name in file.keys()})
+    return config, Tensors({name: partial(file.get_tensor, name) for name in file.keys()}), adapter

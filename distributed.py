@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
@@ -57,20 +58,23 @@ def stop() -> None:
     os._exit(0)
 
 
-def shard(network: torch.nn.Module, world: World, bf16: bool) -> torch.nn.Module:
-    """FSDP2: every block, then the rest, sharded over all ranks; fp32 master weights and reductions.
+def shard(network: torch.nn.Module, world: World, bf16: bool, over: str = "all") -> torch.nn.Module:
+    """FSDP2: every block, then the rest, sharded over all ranks, or over those of each node; fp32 reductions.
 
     With bf16, weights are gathered and multiplied in bf16; inputs are not cast, or times would lose their digits. A
     single process without bf16 keeps the plain module.
     """
     if world.size == 1 and not bf16:
         return network
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if over == "node" else world.size
+    mesh = (init_device_mesh(world.device.type, (world.size,)) if local == world.size else
+            init_device_mesh(world.device.type, (world.size // local, local), mesh_dim_names=("nodes", "ranks")))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in network.blocks:
-        fully_shard(block, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(block, "read")
-    fully_shard(network, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
     for method in ("encode", "read"):                            # these, too, gather the weights before they run
         register_fsdp_forward_method(network, method)
     return network
@@ -78,6 +82,7 @@ def shard(network: torch.nn.Module, world: World, bf16: bool) -> torch.nn.Module
 
 def sync_gradients(network: torch.nn.Module, on: bool) -> None:
     """Gradient accumulation: reduce over ranks only after the last micro-batch."""
+    network = getattr(network, "network", network)               # of an adapter (lora.Adapted): the base that it shares
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(on)
 
@@ -88,6 +93,19 @@ def sum_over_ranks(*values: float, world: World) -> list[float]:
     if world.size > 1:
         dist.all_reduce(total)
     return total.tolist()
+
+
+def merge_over_ranks(values: dict, world: World) -> dict:
+    """The union of every rank's dict of small values, on every rank."""
+    found = [values] * world.size
+    if world.size > 1:
+        dist.all_gather_object(found, values)
+    return {key: value for part in found for key, value in part.items()}
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here (rank 0 has written what the others read)."""
+    sum_over_ranks(0.0, world=world)
 
 
 class StopSignal:

@@ -73,16 +73,28 @@ class Adapted:
         return self
 
 
-def fresh_adapter(base: Mapping, rank: int, generator: torch.Generator) -> dict:
-    """An adapter's first tensors for a network of tensors `base`: down uniform within 1 / sqrt(D_in), up zero, so that the
-    network starts as its base."""
-    state = {}
-    for name in base:
+def fresh_adapter(adapter: Adapted, base: Mapping, generator_of) -> dict:
+    """What makes each first tensor of an adapter of a network with tensors `base`, so that it starts as its base: down
+    uniform within 1 / sqrt(D_in), from the torch.Generator that generator_of(name) gives; up zero."""
+    def make(name, shape):
+        if name in base:
+            return base[name].float()
+        value = torch.zeros(shape)
+        if name.endswith(".down"):
+            value.uniform_(-1, 1, generator=generator_of(name)).div_(shape[1] ** 0.5)
+        return value
+    return {name: partial(make, name, p.shape) for name, p in adapter.named_parameters()}
+
+
+def merged(base: Mapping, adapter: Mapping, scale: float) -> dict:
+    """What makes each tensor of a network without adapters that equals `base` with the adapter: W + scale up down, in W's
+    type. scale is alpha / rank; with -alpha / rank it takes out again what was merged."""
+    def make(name):
         path = name.removesuffix(".weight")
-        if path != name and path.endswith(TARGETS):
-            d_out, d_in = base[name].shape
-            state[f"{path}.down"] = (2 * torch.rand(rank, d_in, generator=generator) - 1) / d_in**0.5
-            state[f"{path}.up"] = torch.zeros(d_out, rank)
-        elif name.startswith(REPLACED):
-            state[name] = base[name].float()
-    return state
+        if name in adapter:
+            return adapter[name].to(base[name].dtype)
+        weight = base[name]
+        if f"{path}.down" not in adapter:
+            return weight
+        return (weight.float() + scale * (adapter[f"{path}.up"].float() @ adapter[f"{path}.down"].float())).to(weight.dtype)
+    return {name: partial(make, name) for name in base}

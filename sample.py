@@ -50,11 +50,10 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     the clips, in pixels, where the weights come without a run. Raises ValueError for weights that do not fit.
     """
     path = Path(path)
-    if (path / "model.safetensors").exists() or not path.exists():
-        model_config, state = checkpoint.load_model(path)
+    model_config, state = wan.load(path, base=base)
+    if (path / "model.safetensors").exists():
         record = json.loads((path / "config.json").read_text())
     else:
-        model_config, state = wan.load(path)
         own = wan.read_config(path)
         shape = ((frames - 1) // 4 + 1, model_config.channels, height // 8, width // 8)
         record = {"config": {"shift": 5.0, "guidance": 5.0, "full_chunks": own.get("full_chunk_limit", 3)}, "latent_shape": shape,

@@ -13,6 +13,7 @@ sample), so a killed run resumes bit for bit and a global batch is the same howe
 import dataclasses
 import json
 import math
+from functools import partial
 import shutil
 import subprocess
 import time
@@ -31,10 +32,12 @@ import distributed
 import dmd
 import encoders
 import flowmap
+import lora
 import meanflow
 import wan
 from cli import flag
-from model import PRESETS, Context, FlowMapDiT, as_causal, as_flow_map, remember, teacher_forced
+from distributed import barrier
+from model import PRESETS, Context, FlowMapDiT, Tensors, as_flow_map, remember, teacher_forced
 
 STAGES = ("pretrain", "flowmap", "distill")
 
@@ -56,7 +59,13 @@ class Config:
                      "(default none; with --causal and the toy preset runs/toy-DATA/pretrain)")
     seed: int = flag(0, "seed of weights, data order, noise and times")
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    lora_rank: int = flag(0, "train low-rank adapters of this rank on the frozen weights that the stage starts from; in distill, "
+                          "student, teacher and fake score are then adapters of one base. 0: train all weights")
+    lora_alpha: float = flag(0.0, "an adapter is scaled by alpha / rank; 0: the rank")
     bf16: bool = flag(False, "multiply in bf16 with fp32 master weights; for GPUs (CPUs are slower with it)")
+    shard: str = flag("all", "FSDP2 spreads the weights over all processes, or over those of each node, with a copy a node: "
+                      "less traffic between nodes, more memory", choices=("all", "node"))
+    compile: bool = flag(False, "torch.compile each block: faster on GPUs, after minutes of compiling")
     checkpointing: bool = flag(False, "keep no activations inside a block and compute them again: less memory, a third more time")
     fresh: bool = flag(False, "delete what this stage has saved and start anew, instead of resuming")
 
@@ -97,14 +106,13 @@ class Config:
     max_skips: int = flag(5, "the run stops after this many updates in a row with a non-finite gradient")
 
 
-# The released recipe, for Wan2.1 (METHOD section 8). Full fine-tuning; the released one trains adapters.
+# The released recipe, for Wan2.1 (METHOD section 8).
+COMMON = dict(bf16=True, checkpointing=True, lora_rank=256)
 WAN = {
-    "pretrain": dict(steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000, bf16=True,
-                     checkpointing=True),
-    "flowmap": dict(steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000, bf16=True,
-                    checkpointing=True, guidance=3.0),
-    "distill": dict(steps=1000, lr=2e-6, fake_lr=2e-6, warmup=0, beta1=0.0, beta2=0.999, ema_start=200, bf16=True,
-                    checkpointing=True, guidance=3.0, real_guidance=4.0),
+    "pretrain": dict(COMMON, steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000),
+    "flowmap": dict(COMMON, steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000, guidance=3.0),
+    "distill": dict(COMMON, steps=1000, lr=2e-6, fake_lr=2e-6, warmup=0, beta1=0.0, beta2=0.999, ema_start=200, guidance=3.0,
+                    real_guidance=4.0),
 }
 WAN_CAUSAL = {stage: dict(chunks="1,3,3,3,3,3,3,2") for stage in STAGES}
 
@@ -133,9 +141,9 @@ RECIPES = {
     },
 }
 # A later stage takes these over from the stage before it, unless a flag says otherwise.
-INHERITED = ("preset", "data", "frames", "size", "shift", "causal", "chunks", "full_chunks")
+INHERITED = ("preset", "data", "frames", "size", "shift", "causal", "chunks", "full_chunks", "lora_rank", "lora_alpha")
 # These may change when a run is resumed.
-CHANGEABLE = ("steps", "micro_batch", "device", "checkpointing", "fresh", "save_every", "log_every", "max_skips")
+CHANGEABLE = ("steps", "micro_batch", "device", "checkpointing", "shard", "compile", "fresh", "save_every", "log_every", "max_skips")
 
 
 def default_text(field) -> str:
@@ -177,8 +185,12 @@ def parse_config(argv=None) -> Config:
             cli.positive_ints(getattr(c, name))
         except cli.argparse.ArgumentTypeError as error:
             parser.error(f"--{name} {error}")
-    if c.full_chunks < 0:
-        parser.error(f"--full-chunks {c.full_chunks}: must be at least 0")
+    for name in ("full_chunks", "lora_rank", "lora_alpha"):
+        if getattr(c, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 0")
+    c.lora_alpha = c.lora_alpha or float(c.lora_rank)
+    if c.lora_rank and stage == "pretrain" and not c.base:
+        parser.error("--lora-rank: adapters need weights to adapt; give them with --base, or train all weights with --lora-rank 0")
     if c.base and stage != "pretrain":
         parser.error(f"--base is for stage pretrain; stage {stage} starts from stage {before}")
     return c
@@ -308,47 +320,76 @@ def train(c: Config) -> Path:
 
     # --- networks: each stage starts from the one before
     compressed = c.causal and c.full_chunks > 0
-    fresh = dataclasses.replace(PRESETS[c.preset], second_time=False, compressed=compressed)
 
-    def network(config, state, origin) -> torch.nn.Module:
+    def network(config, state, origin, adapters: dict | None = None):
+        """A network of these weights; or, as a dict, one for each of the named adapters, which share the weights."""
         with torch.device("meta"):                       # no rank ever holds the whole network: shards, then weights
             net = FlowMapDiT(config)
-        net = distributed.shard(net, world, c.bf16).to_empty(device=world.device)
+            if adapters:                                 # frozen weights need no fp32 master
+                net = net.requires_grad_(False).to(torch.bfloat16 if c.bf16 else torch.float32)
+            for name in adapters or ():
+                lora.add_adapter(net, name, c.lora_rank, c.lora_alpha)
         for block in net.blocks:
             block.checkpointing = c.checkpointing
+            if c.compile:
+                block.compile()
+        net = distributed.shard(net, world, c.bf16, c.shard).to_empty(device=world.device)
         checkpoint.load_weights(net, state, origin)
-        return net
+        if not adapters:
+            return net
+        nets = {name: lora.Adapted(net, name) for name in adapters}
+        for name, (tensors, source) in adapters.items():
+            if tensors is None:
+                tensors = Tensors(lora.fresh_adapter(nets[name], state, partial(distributed.generator, c.seed, "init")))
+            checkpoint.load_weights(nets[name], tensors, source)
+        return nets
 
-    teacher, origin = None, run / before if before else c.base
+    def adapter_of(stage, base: str) -> tuple:
+        """The adapter of `base` that a stage ended with, and where it is from; (None, ...) if it ended with `base` itself."""
+        config, tensors, adapter = checkpoint.load_model(stage)
+        if (adapter["base"] if adapter else str(stage)) != base:
+            raise ValueError(f"{stage} is not an adapter of {base}, which this stage adapts: train all weights with --lora-rank 0")
+        if not adapter:
+            return None, stage
+        return (tensors if config.second_time else as_flow_map(tensors)), stage
+
+    origin = run / before if before else c.base
     try:
+        if c.lora_rank:
+            # The weights that the stage before adapted, or those that it ended with.
+            adapter = checkpoint.load_model(origin)[2] if before else None
+            base = adapter["base"] if adapter else str(origin)
+            adapters = {"student": adapter_of(origin, base) if before else (None, origin)}
+            if c.stage == "distill":
+                adapters |= {name: adapter_of(run / "pretrain", base) for name in ("teacher", "fake")}
+            origin = base
         if not origin:
-            origin, config = "fresh weights", fresh
-            state = FlowMapDiT(fresh).init_weights(distributed.generator(c.seed, "init")).state_dict()
-        elif (Path(origin) / "model.safetensors").exists():
-            config, state = checkpoint.load_model(origin)
-            config = dataclasses.replace(config, second_time=c.stage != "pretrain", compressed=compressed)
-            state = as_causal(state) if compressed and "far_patch_embed.weight" not in state else state
-            state = as_flow_map(state) if c.stage == "flowmap" else state
+            origin, config = "fresh weights", dataclasses.replace(PRESETS[c.preset], second_time=False, compressed=compressed)
+            state = FlowMapDiT(config).init_weights(distributed.generator(c.seed, "init")).state_dict()
         else:
-            config, state = wan.load(origin, second_time=False, compressed=compressed)
+            config, state = wan.load(origin, second_time=c.stage != "pretrain", compressed=compressed)
         if config.channels != latent_shape[1] or config.text_dim != source.null_text.shape[1]:
             raise ValueError(f"{origin} works on {config.channels} channels and prompts of width {config.text_dim}, but --data "
                              f"{c.data} has {latent_shape[1]} and {source.null_text.shape[1]}")
+        if c.lora_rank:
+            nets = network(config, state, origin, adapters)
+        else:
+            nets = {"student": network(config, state, origin)}
+            if c.stage == "distill":
+                plain, state = wan.load(run / "pretrain", second_time=False, compressed=compressed)
+                nets |= {name: network(plain, state, run / "pretrain") for name in ("teacher", "fake")}
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    student_net = network(config, state, origin)
+    student_net, teacher, fake_net = nets["student"], nets.get("teacher"), nets.get("fake")
     parts = {"student": checkpoint.trainable(student_net, c.lr, (c.beta1, c.beta2), c.weight_decay, with_ema=True)}
     if c.stage == "distill":
-        _, state = checkpoint.load_model(run / "pretrain")
-        plain = dataclasses.replace(config, second_time=False)
-        teacher = network(plain, state, run / "pretrain").requires_grad_(False)
-        fake_net = network(plain, state, run / "pretrain")
+        teacher.requires_grad_(False)
         parts["fake"] = checkpoint.trainable(fake_net, c.fake_lr, (c.beta1, c.beta2), c.weight_decay, with_ema=False)
     student = parts["student"]
 
     # --- resume
     try:
-        counters = checkpoint.load_checkpoint(stage, parts, say)
+        counters = checkpoint.load_checkpoint(stage, parts, world, say)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     first, skipped = counters.get("step", 0), counters.get("skipped", 0)
@@ -510,7 +551,7 @@ def train(c: Config) -> Path:
                 bar.set_postfix({name: f"{row[name]:.3f}" for name in ("loss", "dmd", "fake") if name in row}, refresh=False)
         bar.update()
         if save:
-            checkpoint.save_checkpoint(stage, step + 1, parts, {"skipped": skipped}, world.is_main)
+            checkpoint.save_checkpoint(stage, step + 1, parts, {"skipped": skipped}, world)
         if stop and step + 1 < c.steps:
             bar.close()
             say(f"stopped by a signal after update {step + 1} of {c.steps}, which is saved. The same command goes on:\n"
@@ -518,15 +559,11 @@ def train(c: Config) -> Path:
             return stage
     bar.close()
     stopping.restore()
-    checkpoint.save_model(stage, student.ema, config, world.is_main)
+    checkpoint.save_model(stage, student.ema, config, world.is_main,
+                          {"rank": c.lora_rank, "alpha": c.lora_alpha, "base": str(origin)} if c.lora_rank else None)
     barrier(world)
     say(f"stage {c.stage}: finished, {stage / 'model.safetensors'}")
     return stage
-
-
-def barrier(world: distributed.World) -> None:
-    """Wait until every rank is here (rank 0 has written what the others read)."""
-    distributed.sum_over_ranks(0.0, world=world)
 
 
 def git_revision() -> str:

@@ -1,7 +1,8 @@
 """The bridge to the real world: Wan2.1 and AnyFlow weights in, weights for Diffusers out (METHOD section 3).
 
     python wan.py show PATH                          what a file or folder of weights holds
-    python wan.py export RUN/STAGE --to DIR          a folder that Diffusers' AnyFlowPipeline opens
+    python wan.py export RUN/STAGE --to DIR          a folder that Diffusers' AnyFlowPipeline opens; an adapter is merged
+    python wan.py export RUN/STAGE --to NAME.safetensors          the adapter alone, for a pipeline made with `export BASE`
 
 Read: safetensors (one file, or shards with an index) and .pt / .pth with tensors only (weights_only=True: no code in a file
 is ever run), in the layout of Diffusers or Wan's own, bare or under an entry such as `generator_ema`.
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 import cli
+import lora
 from model import FlowMapDiT, ModelConfig, Tensors, as_causal, as_flow_map
 
 # Every module by name: ours, Diffusers', Wan's own ('' where a layout has no such tensor).
@@ -122,15 +124,40 @@ def read_config(path: Path) -> dict:
     return json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
 
 
-def load(path, second_time: bool | None = None, compressed: bool | None = None) -> tuple[ModelConfig, Tensors]:
-    """(config, state) of the weights at `path`: state has our names and reads each tensor when it is asked for, so that
-    `checkpoint.load_weights` never holds more than the network and one tensor.
+def load(path, second_time: bool | None = None, compressed: bool | None = None, base=None) -> tuple[ModelConfig, Tensors]:
+    """(config, state) of the weights at `path`, a finished stage RUN/STAGE or Wan or AnyFlow weights: state has our names and
+    reads each tensor when it is asked for, so that `checkpoint.load_weights` never holds more than the network and one
+    tensor. A stage's adapter is merged into its base, which is looked for at `base` when it is no longer where it was.
 
     second_time, compressed: ask for a flow map, or a causal network with compressed chunks. Where the weights have no such
     tensors they start as the method says: the second time embedder as a copy of the first, the compressed patch
     embedding as the interpolated one. None: as the weights are. False: leave them out.
     Raises ValueError that names the file, or the first tensor that is missing, left over, or of another shape.
     """
+    if (Path(path) / "model.safetensors").exists() or not Path(path).exists():
+        config, state, adapter = checkpoint.load_model(path)
+        if adapter:
+            place = next((place for place in (adapter["base"], base) if place and Path(place).exists()), None)
+            if not place:
+                raise ValueError(f"{path} adapts the weights {adapter['base']}, which are not there: give their folder with --base")
+            _, weights = load(place, config.second_time, config.compressed)
+            state = Tensors(lora.merged(weights, state, adapter["alpha"] / adapter["rank"]))
+    else:
+        config, state = load_foreign(path)
+    if second_time is False:
+        state = Tensors({name: maker for name, maker in state.makers.items() if not name.startswith("r_embed.")})
+    if compressed is False:
+        state = Tensors({name: maker for name, maker in state.makers.items() if not name.startswith("far_patch_embed.")})
+    if second_time and not config.second_time:
+        state = as_flow_map(state)
+    if compressed and not config.compressed:
+        state = as_causal(state)
+    asked = {"second_time": second_time, "compressed": compressed}
+    return replace(config, **{flag: on for flag, on in asked.items() if on is not None}), state
+
+
+def load_foreign(path) -> tuple[ModelConfig, Tensors]:
+    """`load` for weights that were not trained here, as they are."""
     (tensors, shapes), record = open_tensors(Path(path)), read_config(path)
     marks = zip(LAYOUTS, ("condition_embedder.time_embedder.linear_1.weight", "time_embedding.0.weight"))
     layout = next((layout for layout, name in marks if name in shapes), None)
@@ -146,38 +173,36 @@ def load(path, second_time: bool | None = None, compressed: bool | None = None) 
     patch, up = shape("patch_embed.weight"), shape("time_embed.up.weight")
     has = {flag: bool(their_name(name, layout)) and their_name(name, layout) in tensors
            for flag, name in (("second_time", "r_embed.up.weight"), ("compressed", "far_patch_embed.weight"))}
-    want = {"second_time": has["second_time"] if second_time is None else second_time,
-            "compressed": has["compressed"] if compressed is None else compressed}
     blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
     config = ModelConfig(dim=patch[0], heads=record.get("num_attention_heads", record.get("num_heads", patch[0] // 128)),
                          layers=max(blocks, default=-1) + 1, ffn_dim=shape("blocks.0.ffn.up.weight")[0], channels=patch[1],
                          patch=patch[-1], text_dim=shape("text_embed.up.weight")[1], freq_dim=up[1],
-                         gate=record.get("gate_value", 0.25), **want)
+                         gate=record.get("gate_value", 0.25), **has)
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in FlowMapDiT(config).named_parameters()}
-        everything = FlowMapDiT(replace(config, second_time=True, compressed=True)).state_dict()
-    added = tuple(prefix for flag, prefix in (("second_time", "r_embed."), ("compressed", "far_patch_embed.")) if not has[flag])
-    theirs = {name: their_name(name, layout) for name in expected if not name.startswith(added)}
+    theirs = {name: their_name(name, layout) for name in expected}
     for name, other in theirs.items():
         if other not in shapes:
             raise ValueError(f"{path}: tensor {other} is missing")
         if shapes[other] != expected[name]:
             raise ValueError(f"{path}: tensor {other} has shape {shapes[other]}, expected {expected[name]}")
-    for other in sorted(shapes.keys() - {their_name(name, layout) for name in everything}):
+    for other in sorted(shapes.keys() - set(theirs.values())):
         raise ValueError(f"{path}: tensor {other}, of shape {shapes[other]}, is not of this network")
-    state = Tensors({name: partial(tensors.__getitem__, other) for name, other in theirs.items()})
-    state = as_flow_map(state) if config.second_time and not has["second_time"] else state
-    return config, as_causal(state) if config.compressed and not has["compressed"] else state
+    return config, Tensors({name: partial(tensors.__getitem__, other) for name, other in theirs.items()})
 
 
 def export(stage, to, base=None, copy: bool = False) -> Path:
-    """Write a finished stage as a Diffusers pipeline folder: AnyFlowPipeline, or AnyFlowFARPipeline for a causal network.
+    """Write a finished stage as a Diffusers pipeline folder: AnyFlowPipeline, or AnyFlowFARPipeline for a causal network. Or
+    Wan's weights as the flow map that training starts from, for adapters that are kept apart (`export_adapter`).
 
     base: a Wan pipeline folder whose text encoder, tokenizer and autoencoder are linked, or copied with `copy`. Raises
     ValueError for a network that Diffusers' classes cannot hold (a toy one, or a teacher without a second time).
     """
     stage, to = Path(stage), Path(to)
-    (c, state), record = checkpoint.load_model(stage), json.loads((stage / "config.json").read_text())
+    if (stage / "model.safetensors").exists() or not stage.exists():
+        (c, state), record = load(stage, base=base), json.loads((stage / "config.json").read_text())
+    else:
+        (c, state), record = load(stage, second_time=True), {"chunks": [1], "config": {"shift": 5.0}}
     if c.output_skip or c.time_scale != 1000 or not c.second_time:
         raise ValueError(f"{stage}: Diffusers has no class for it: output_skip {c.output_skip} (must be 0), time_scale "
                          f"{c.time_scale} (1000), second_time {c.second_time} (True: stage flowmap or distill)")
@@ -207,14 +232,37 @@ def export(stage, to, base=None, copy: bool = False) -> Path:
                 (folder / name).symlink_to((Path(base) / name).resolve(), target_is_directory=True)
         (folder / "transformer").mkdir()
         (folder / "scheduler").mkdir()
-        save_file({their_name(name, "diffusers"): tensor for name, tensor in state.items()},
-                  folder / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        tensors = {their_name(name, "diffusers"): (tensor.shape, tensor.dtype, partial(state.__getitem__, name))
+                   for name, tensor in state.items()}             # read twice, but never held together
+        checkpoint.write_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
         (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=1))
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
             {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": record["config"]["shift"]}))
         (folder / "model_index.json").write_text(json.dumps(index, indent=1))
     checkpoint.write_aside(to, write)
     return to
+
+
+def export_adapter(stage, to) -> Path:
+    """Write the adapter of a finished stage as a LoRA file that Diffusers' pipelines load onto the base's flow map; alpha /
+    rank is multiplied into its second matrices. Raises ValueError where there is no adapter, or more than low-rank pairs."""
+    to = Path(to)
+    _, tensors, adapter = checkpoint.load_model(stage)
+    if not adapter:
+        raise ValueError(f"{stage} has all its weights trained and no adapter: export it to a folder")
+    if any(name.startswith(lora.REPLACED) for name in tensors):
+        raise ValueError(f"{stage} trains {', '.join(lora.REPLACED)} as a whole, which no LoRA file can hold: export it to a folder")
+    if to.exists():
+        raise ValueError(f"{to} is there already: give a new file")
+    state = {}
+    for name, tensor in tensors.items():
+        path, part = name.rsplit(".", 1)
+        path = their_name(f"{path}.weight", "diffusers").removesuffix(".weight")
+        state[f"transformer.{path}.lora_{'A' if part == 'down' else 'B'}.weight"] = (
+            tensor if part == "down" else tensor * (adapter["alpha"] / adapter["rank"]))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, aside := to.with_suffix(".partial"), metadata={"format": "pt"})
+    return aside.rename(to)
 
 
 # What Wan was given as the empty prompt: the standard negative one of its authors.
@@ -301,8 +349,9 @@ def main(argv=None) -> None:
     parser = cli.Parser("Weights of Wan2.1 and AnyFlow, in and out.",
                         "python wan.py export runs/wan/distill --to anyflow --base Wan2.1-T2V-1.3B-Diffusers")
     parser.add_argument("what", type=cli.choice(("show", "export")), help="show: what a path holds; export: for Diffusers")
-    parser.add_argument("path", type=Path, help="a file or folder of weights; for export a finished stage, RUN/STAGE")
-    parser.add_argument("--to", type=Path, help="export: the new folder")
+    parser.add_argument("path", type=Path, help="a file or folder of weights; for export a finished stage, RUN/STAGE, "
+                        "or Wan weights to become a flow map")
+    parser.add_argument("--to", type=Path, help="export: the new folder, or NAME.safetensors for the adapter alone")
     parser.add_argument("--base", type=Path, help="export: a Wan pipeline folder, for text encoder, tokenizer and autoencoder")
     parser.add_argument("--copy", action="store_true", help="export: copy them from --base; the default is to link")
     args = parser.parse(argv)
@@ -315,7 +364,8 @@ def main(argv=None) -> None:
         else:
             if not args.to:
                 parser.error("export needs --to DIR")
-            print(export(args.path, args.to, args.base, args.copy))
+            print(export_adapter(args.path, args.to) if args.to.suffix == ".safetensors" else
+                  export(args.path, args.to, args.base, args.copy))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 

@@ -124,14 +124,15 @@ def test_damaged_shards_are_named(shards, tmp_path):
         data.Shards(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("rank", ["0", "4"])
 @pytest.mark.parametrize("flags", [[], ["--causal", "--chunks", "1,1,1", "--full-chunks", "2"]])
-def test_three_stages_export_and_the_same_latents_in_diffusers(base, shards, tmp_path, flags, capsys):
+def test_three_stages_export_and_the_same_latents_in_diffusers(base, shards, tmp_path, flags, rank, capsys):
     import diffusers
     run = tmp_path / "run"
     for stage in train.STAGES:
         start = ["--base", str(base)] if stage == "pretrain" else []
         train.train(train.parse_config(["--preset", "wan-1.3b", "--stage", stage, "--data", str(shards), "--run-dir", str(run),
-                                        "--steps", "2", "--batch-size", "2", "--no-bf16", "--lr", "1e-3", *start, *flags]))
+                                        "--steps", "2", "--batch-size", "2", "--no-bf16", "--lr", "1e-3", "--lora-rank", rank, *start, *flags]))
     out = wan.export(run / "distill", tmp_path / "out", base)
     pipe = (diffusers.AnyFlowFARPipeline if flags else diffusers.AnyFlowPipeline).from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
@@ -151,6 +152,36 @@ def test_three_stages_export_and_the_same_latents_in_diffusers(base, shards, tmp
     sample.main(["--ckpt", str(out), "--base", str(base), "--frames", "9", "--height", "32", "--width", "64", "--steps", "2",
                  "--prompt", CAPTIONS[0], "--out", str(tmp_path / "clip.mp4"), "--stream"])
     assert iio.imread(tmp_path / "clip.mp4").shape[0] == 9 and "first chunk after" in capsys.readouterr().out
+
+
+def test_an_adapter_alone_is_loaded_by_diffusers(base, shards, tmp_path):
+    """The base as a flow map and the adapter as a LoRA file: the same latents as the merged weights."""
+    import diffusers
+    pytest.importorskip("peft")
+    run = tmp_path / "run"
+    for stage in train.STAGES[:2]:
+        start = ["--base", str(base)] if stage == "pretrain" else []
+        train.train(train.parse_config(["--preset", "wan-1.3b", "--stage", stage, "--data", str(shards), "--run-dir", str(run),
+                                        "--lora-rank", "4", "--lora-alpha", "12", "--steps", "3", "--batch-size", "2", "--warmup", "0",
+                                        "--ema-start", "0", "--ema-decay", "0", "--no-bf16", "--lr", "3e-2", *start]))
+    wan.main(["export", str(base), "--to", str(tmp_path / "start"), "--base", str(base)])
+    wan.main(["export", str(run / "flowmap"), "--to", str(tmp_path / "lora.safetensors")])
+    wan.main(["export", str(run / "flowmap"), "--to", str(tmp_path / "merged"), "--base", str(base)])
+    with pytest.raises(ValueError, match="is there already"):
+        wan.export_adapter(run / "flowmap", tmp_path / "lora.safetensors")
+    plain, whole = (diffusers.AnyFlowPipeline.from_pretrained(tmp_path / name) for name in ("start", "merged"))
+    inputs = [torch.randn(1, 16, 3, 4, 8, generator=distributed.generator("z")), torch.tensor([700.0]),
+              torch.randn(1, 8, 20, generator=distributed.generator("text"))]
+
+    def velocity(pipe):
+        z, t, text = inputs
+        with torch.no_grad():
+            return pipe.transformer(hidden_states=z.transpose(1, 2), timestep=t[:, None].expand(1, 3), r_timestep=t[:, None].expand(1, 3) / 2,
+                                    encoder_hidden_states=text, return_dict=False)[0]
+    before = velocity(plain)
+    plain.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    torch.testing.assert_close(velocity(plain), velocity(whole), rtol=1e-4, atol=1e-4)
+    assert (velocity(plain) - before).abs().max() > 1e-2
 
 
 def test_streamed_decoding_is_whole_decoding(base):

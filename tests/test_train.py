@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -68,6 +69,9 @@ def same_files(a: Path, b: Path):
         assert torch.equal(a[name], b[name]), name
 
 
+STATE = "shard-00001-model-00001-of-00001.safetensors"          # of a checkpoint by one process
+
+
 def link_stages(source: Path, target: Path, before: str):
     target.mkdir()
     for stage in STAGES[:STAGES.index(before)]:
@@ -85,8 +89,8 @@ def test_same_seed_same_bits_and_another_seed_other_bits(either, tmp_path, stage
     link_stages(finished, tmp_path / "again", stage)
     run_stage(tmp_path / "again", stage, *flags)
     newest = checkpoint.checkpoints(finished / stage)[-1].name
-    same_files(finished / stage / "checkpoints" / newest / "state.safetensors",
-               tmp_path / "again" / stage / "checkpoints" / newest / "state.safetensors")
+    same_files(finished / stage / "checkpoints" / newest / STATE,
+               tmp_path / "again" / stage / "checkpoints" / newest / STATE)
     assert log_rows(finished / stage) == log_rows(tmp_path / "again" / stage)
     link_stages(finished, tmp_path / "other", stage)
     other = load_file(run_stage(tmp_path / "other", stage, "--seed", "1", *flags) / "model.safetensors")
@@ -118,7 +122,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(either, tmp_path, stage, m
     assert not (tmp_path / "run" / stage / "model.safetensors").exists()
     run_stage(tmp_path / "run", stage, *flags)
     newest = checkpoint.checkpoints(finished / stage)[-1].name
-    for file in ("model.safetensors", f"checkpoints/{newest}/state.safetensors"):
+    for file in ("model.safetensors", f"checkpoints/{newest}/{STATE}"):
         same_files(finished / stage / file, tmp_path / "run" / stage / file)
     assert log_rows(finished / stage) == log_rows(tmp_path / "run" / stage)
 
@@ -128,12 +132,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_
     link_stages(finished, tmp_path / "run", "flowmap")
     folder = run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
     before, newest = checkpoint.checkpoints(folder)[-2:]
-    state = (newest / "state.safetensors").read_bytes()
-    expected = {name: t.clone() for name, t in load_file(newest / "state.safetensors").items()}      # load_file maps the file
+    state = (newest / STATE).read_bytes()
+    expected = {name: t.clone() for name, t in load_file(newest / STATE).items()}      # load_file maps the file
     if damage == "truncated":
-        (newest / "state.safetensors").write_bytes(state[:-9])
+        (newest / STATE).write_bytes(state[:-9])
     elif damage == "flipped":
-        (newest / "state.safetensors").write_bytes(state[:-9] + bytes([state[-9] ^ 4]) + state[-8:])
+        (newest / STATE).write_bytes(state[:-9] + bytes([state[-9] ^ 4]) + state[-8:])
     elif damage == "no record":
         (newest / "state.json").unlink()
     else:
@@ -142,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_
     run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
     out = capsys.readouterr()
     assert (f"{newest} is damaged" in out.out + out.err) == (damage != "half-written")
-    again = load_file(checkpoint.checkpoints(folder)[-1] / "state.safetensors")
+    again = load_file(checkpoint.checkpoints(folder)[-1] / STATE)
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
     for path in checkpoint.checkpoints(folder):
         (path / "state.json").write_text("{}")
@@ -152,17 +156,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_
 
 def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch):
     link_stages(finished, tmp_path / "run", "flowmap")
-    save, calls = checkpoint.save_file, []
+    save, calls = safetensors.torch.save, []
 
-    def full(tensors, path, **options):
-        calls.append(path)
-        if len(calls) == 2 and "state" in path.name:
-            path.write_bytes(b"half")
+    def full(tensors, **options):                                # turns a shard into bytes
+        calls.append(tensors)
+        if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        save(tensors, path, **options)
+        return save(tensors, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(SystemExit, match="No space left on device.*00000004 is kept: make room"):
+        patch.setattr(safetensors.torch, "save", full)
+        with pytest.raises(SystemExit, match="No space left on device.*00000004 is kept. Make room"):
             run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run" / "flowmap")] == ["00000004"]
     run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
@@ -247,7 +250,7 @@ def test_non_finite_updates_change_nothing_and_end_the_run(finished, tmp_path, m
     monkeypatch.setattr(train.meanflow, "meanflow_error", poisoned)
     with pytest.raises(SystemExit, match="3 non-finite gradients in a row.*last checkpoint is kept"):
         run_stage(tmp_path / "run", "flowmap", "--max-skips", "3")
-    state = load_file(checkpoint.checkpoints(tmp_path / "run" / "flowmap")[-1] / "state.safetensors")
+    state = load_file(checkpoint.checkpoints(tmp_path / "run" / "flowmap")[-1] / STATE)
     assert all(bool(value.isfinite().all()) for value in state.values())
     calls[0] = -100                                               # now healthy again: the same command goes on
     run_stage(tmp_path / "run", "flowmap", "--max-skips", "3")

@@ -203,7 +203,7 @@ def test_command_line(heads, capsys):
     save_file(renamed(PLAIN, "wan"), heads / "weights.safetensors")
     wan.main(["show", str(heads)])
     assert f"{sum(t.numel() for t in state_of(PLAIN).values()):,} parameters" in capsys.readouterr().out
-    for flags, message in ((["show", "nowhere"], "found none"), (["export", str(heads)], "needs --to"),
+    for flags, message in ((["show", "nowhere"], "is not there"), (["export", str(heads)], "needs --to"),
                            (["exprot", "x"], "did you mean export"), (["export", "nowhere", "--to", "x"], "is not there")):
         with pytest.raises(SystemExit) as error:
             wan.main(flags)

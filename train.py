@@ -143,7 +143,8 @@ RECIPES = {
 # A later stage takes these over from the stage before it, unless a flag says otherwise.
 INHERITED = ("preset", "data", "frames", "size", "shift", "causal", "chunks", "full_chunks", "lora_rank", "lora_alpha")
 # These may change when a run is resumed.
-CHANGEABLE = ("steps", "micro_batch", "device", "checkpointing", "shard", "compile", "fresh", "save_every", "log_every", "max_skips")
+CHANGEABLE = ("steps", "run_dir", "micro_batch", "device", "checkpointing", "shard", "compile", "fresh", "save_every", "log_every",
+              "max_skips")
 
 
 def default_text(field) -> str:

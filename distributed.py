@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,8 @@ def shard(network: torch.nn.Module, world: World, bf16: bool, over: str = "all")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if over == "node" else world.size
     mesh = (init_device_mesh(world.device.type, (world.size,)) if local == world.size else
             init_device_mesh(world.device.type, (world.size // local, local), mesh_dim_names=("nodes", "ranks")))
+    # A block returns keys and values as Linears make them, views; nothing here changes a tensor in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in network.blocks:

@@ -479,11 +479,12 @@ def train(c: Config) -> Path:
         z_0 = rollout(step, batch)
         tau = torch.rand(c.batch_size, generator=distributed.generator(c.seed, step, "tau"))[batch.slots]
         n = distributed.noise(z_0.shape[1:], c.seed, step, "dmd", slots=batch.slots).to(world.device)
-        with torch.no_grad():
-            u_c, u_0, fake = (flowmap.conditioned(net, context(net, batch, text, z_0)) for net, text in
-                              ((teacher, batch.text), (teacher, batch.null_text), (fake_net, batch.text)))
-            gradient = dmd.dmd_gradient(z_0, n, flowmap.shift_time(tau, c.shift).to(world.device),
-                                        real=flowmap.guided(u_c, u_0, c.real_guidance), fake=fake)
+
+        def score(net, text):
+            # The clean chunks are encoded for the call and freed after it: three contexts at once are large.
+            return lambda z, t, r: net(z, t, r, context(net, batch, text, z_0))
+        gradient = dmd.dmd_gradient(z_0, n, flowmap.shift_time(tau, c.shift).to(world.device), fake=score(fake_net, batch.text), real=
+                                    flowmap.guided(score(teacher, batch.text), score(teacher, batch.null_text), c.real_guidance))
         loss = dmd.dmd_loss(z_0, gradient)
         log.add("dmd", loss)
         log.add("dmd_gradient", gradient.flatten(1).norm(dim=1))

@@ -199,8 +199,8 @@ def load_checkpoint(stage: Path, parts: dict[str, Trainable], world: World, say=
 def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool, adapter: dict | None = None) -> None:
     """model.safetensors: the finished stage's weights with the network's config in the file's header.
 
-    adapter: for the weights of an adapter its rank, alpha and base, the path of the weights that it adapts. Every rank must
-    call it. Tensors are gathered, and written, one at a time: no rank ever holds the whole network.
+    adapter: for the weights of an adapter its rank, alpha, targets, and base, the path of the weights that it adapts. Every
+    rank must call it. Tensors are gathered, and written, one at a time: no rank ever holds the whole network.
     """
     aside = stage / "model.safetensors.partial"
     metadata = {"model_config": json.dumps(asdict(config))} | ({"adapter": json.dumps(adapter)} if adapter else {})
@@ -229,7 +229,7 @@ def write_tensors(path: Path, tensors: dict, metadata: dict, is_main: bool = Tru
 
 
 def load_model(stage: Path) -> tuple[ModelConfig, Tensors, dict | None]:
-    """The config and the tensors of a finished stage; and, where they are those of an adapter, its rank, alpha and base.
+    """The config and the tensors of a finished stage; and, where they are those of an adapter, what `save_model` said of it.
     Raises FileNotFoundError for an unfinished one, ValueError for a damaged file."""
     path = Path(stage) / "model.safetensors"
     if not path.exists():

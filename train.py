@@ -561,8 +561,8 @@ def train(c: Config) -> Path:
             return stage
     bar.close()
     stopping.restore()
-    checkpoint.save_model(stage, student.ema, config, world.is_main,
-                          {"rank": c.lora_rank, "alpha": c.lora_alpha, "base": str(origin)} if c.lora_rank else None)
+    adapter = {"rank": c.lora_rank, "alpha": c.lora_alpha, "base": str(origin), "targets": [*lora.TARGETS, *lora.REPLACED]}
+    checkpoint.save_model(stage, student.ema, config, world.is_main, adapter if c.lora_rank else None)
     barrier(world)
     say(f"stage {c.stage}: finished, {stage / 'model.safetensors'}")
     return stage

@@ -181,7 +181,9 @@ def test_a_run_of_adapters_from_base_to_clip(tmp_path):
     for stage in ("flowmap", "distill"):
         run(stage, "--lr", "1e-2")
     config, tensors, adapter = checkpoint.load_model(tmp_path / "run" / "distill")
-    assert adapter == {"rank": 3, "alpha": 6.0, "base": str(base)} and config.second_time
+    assert {k: adapter[k] for k in ("rank", "alpha", "base")} == {"rank": 3, "alpha": 6.0, "base": str(base)} and config.second_time
+    assert {name.rpartition(".")[0].split(".", 2)[-1] if name.startswith("blocks") else name.rpartition(".")[0]
+            for name in tensors} == set(adapter["targets"]) - set(lora.REPLACED)
     assert {tuple(t.shape)[tensors_name.endswith("up")] for tensors_name, t in tensors.items()} == {3}
     assert any(tensor.any() for name, tensor in tensors.items() if name.endswith(".up"))
     stage, prompt = tmp_path / "run" / "distill", ["a red circle moving left"]

@@ -116,7 +116,7 @@ def aside_of(folder: Path) -> Path:
 def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counters: dict, world: World, keep: int = 2) -> None:
     """Write checkpoints/STEP after `step` updates; the newest `keep` stay. Every rank must call it, and writes its shards.
 
-    Raises SystemExit, on every rank, when the disk is full or cannot be written; the checkpoints before are kept.
+    Raises OSError, on every rank, when the disk is full or cannot be written; the checkpoints before are kept.
     """
     folder = stage / "checkpoints" / f"{step:08d}"
     aside = folder.with_name(folder.name + ".partial")
@@ -130,7 +130,7 @@ def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counter
             problem = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if sum_over_ranks(float(bool(problem)), world=world)[0]:
             kept = "".join(f"{path} is kept. " for path in checkpoints(stage)[-1:])
-            raise SystemExit(f"cannot write {aside}: {problem or 'see the other ranks'}. {kept}Make room, then run the same "
+            raise OSError(f"cannot write {aside}: {problem or 'see the other ranks'}. {kept}Make room, then run the same "
                              f"command again")
 
     def write():

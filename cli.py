@@ -2,6 +2,8 @@
 import argparse
 import dataclasses
 import difflib
+import sys
+from pathlib import Path
 
 
 def flag(default, help: str, **metadata):
@@ -37,6 +39,15 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **options,
                               help=(field.metadata["help"] if "(default" in field.metadata["help"] else
                                     f"{field.metadata['help']} ({default_text(field)})").replace("%", "%%"))
+
+
+def run(main) -> None:
+    """A script: what a user got wrong, in Python a ValueError or OSError of main(), is one line and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def nearest(word: str, words) -> str:

@@ -292,7 +292,7 @@ def encode(args, parser) -> None:
     print(f"{args.out}: part {part + 1} of {parts}, {len(writer.done)} clips, {skipped} skipped"
           + ("; the manifest is written" if last and writer.done else ""))
     if not writer.done and parts == 1:
-        raise SystemExit(f"no usable clip in {args.videos}: see the lines above")
+        raise ValueError(f"no usable clip in {args.videos}: see the lines above")
 
 
 def check(args, parser) -> None:
@@ -333,4 +333,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

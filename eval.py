@@ -17,7 +17,6 @@ Distances depend on the number of samples: compare only at the same --count. The
 real clips, its +- the noise to expect at that count.
 """
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -238,4 +237,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cli.run(main)

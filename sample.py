@@ -5,7 +5,6 @@
 """
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,7 +209,7 @@ def newest_stage(run: Path) -> Path:
     for name in ("distill", "flowmap", "pretrain"):
         if (run / name / "model.safetensors").exists():
             return run / name
-    raise SystemExit(f"no finished stage in {run}. First run:\n    python train.py --stage pretrain --run-dir {run}")
+    raise ValueError(f"no finished stage in {run}. First run: python train.py --stage pretrain --run-dir {run}")
 
 
 def main(argv=None) -> None:
@@ -364,4 +363,4 @@ def stream_to(path: Path, pieces, fps: int = 8) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cli.run(main)

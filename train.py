@@ -238,7 +238,8 @@ class Sums:
 
 
 def train(c: Config) -> Path:
-    """Train (or go on with) one stage; returns its folder. Raises SystemExit with what to do when it cannot."""
+    """Train (or go on with) one stage; returns its folder. Raises ValueError with what to do when it cannot, OSError for what
+    cannot be read or written."""
     world = distributed.start(c.device)
     run, stage = Path(c.run_dir), Path(c.run_dir) / c.stage
     before = previous_stage(c.stage)
@@ -246,14 +247,14 @@ def train(c: Config) -> Path:
 
     # --- the run folder: start, resume, or find the stage finished
     if before and not (run / before / "model.safetensors").exists():
-        raise SystemExit(f"stage {c.stage} starts from stage {before}, which is not finished in {run}. First run:\n"
-                         f"    python train.py --stage {before} --run-dir {run}")
+        raise ValueError(f"stage {c.stage} starts from stage {before}, which is not finished in {run}. First run: "
+                         f"python train.py --stage {before} --run-dir {run}")
     if c.base and not Path(c.base).exists():
-        raise SystemExit(f"--base {c.base}: not there. First run:\n    python train.py --stage pretrain --data {c.data}\n"
-                         f"or start from fresh weights with --base none")
+        raise ValueError(f"--base {c.base}: not there. First run: python train.py --stage pretrain --data {c.data} (or start from "
+                         f"fresh weights with --base none)")
     per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
     if c.batch_size % per_step:
-        raise SystemExit(f"--batch-size {c.batch_size} is not a multiple of {per_step}: {world.size} processes times "
+        raise ValueError(f"--batch-size {c.batch_size} is not a multiple of {per_step}: {world.size} processes times "
                          f"{per_step // world.size} samples (--micro-batch)")
     micro_batch, micro_steps = per_step // world.size, c.batch_size // per_step
     if c.fresh and world.is_main:
@@ -263,7 +264,7 @@ def train(c: Config) -> Path:
         saved = json.loads((stage / "config.json").read_text())["config"]
         for field in dataclasses.fields(Config):
             if field.name not in CHANGEABLE and saved[field.name] != getattr(c, field.name):
-                raise SystemExit(f"{stage} was started with {field.name} = {saved[field.name]}, not "
+                raise ValueError(f"{stage} was started with {field.name} = {saved[field.name]}, not "
                                  f"{getattr(c, field.name)}: use --fresh to start it anew, or another --run-dir")
 
     # --- data: latents and prompt features, from shards or made of clips and captions on the fly
@@ -285,12 +286,12 @@ def train(c: Config) -> Path:
             source = encoders.Encoded(source, encoders.PatchPCA.from_state(load_file(codec_file)), words)
             record = {"vocabulary": words.vocabulary, "text_length": words.length}
     except ValueError as error:
-        raise SystemExit(f"--data {c.data}: {error}") from None
+        raise ValueError(f"--data {c.data}: {error}") from None
     latent_shape = source.latent_shape
 
     all_chunks = tuple(cli.positive_ints(c.chunks)) if c.causal else latent_shape[:1]
     if sum(all_chunks) != latent_shape[0]:
-        raise SystemExit(f"--chunks {c.chunks}: add up to {sum(all_chunks)}, but clips have {latent_shape[0]} latent frames")
+        raise ValueError(f"--chunks {c.chunks}: add up to {sum(all_chunks)}, but clips have {latent_shape[0]} latent frames")
     full_chunks = c.full_chunks or len(all_chunks)
 
     def draw(step: int, slots: torch.Tensor) -> Batch:
@@ -355,32 +356,29 @@ def train(c: Config) -> Path:
         return (tensors if config.second_time else as_flow_map(tensors)), stage
 
     origin = run / before if before else c.base
-    try:
-        if c.lora_rank:
-            # The weights that the stage before adapted, or those that it ended with.
-            adapter = checkpoint.load_model(origin)[2] if before else None
-            base = adapter["base"] if adapter else str(origin)
-            adapters = {"student": adapter_of(origin, base) if before else (None, origin)}
-            if c.stage == "distill":
-                adapters |= {name: adapter_of(run / "pretrain", base) for name in ("teacher", "fake")}
-            origin = base
-        if not origin:
-            origin, config = "fresh weights", dataclasses.replace(PRESETS[c.preset], second_time=False, compressed=compressed)
-            state = FlowMapDiT(config).init_weights(distributed.generator(c.seed, "init")).state_dict()
-        else:
-            config, state = wan.load(origin, second_time=c.stage != "pretrain", compressed=compressed)
-        if config.channels != latent_shape[1] or config.text_dim != source.null_text.shape[1]:
-            raise ValueError(f"{origin} works on {config.channels} channels and prompts of width {config.text_dim}, but --data "
-                             f"{c.data} has {latent_shape[1]} and {source.null_text.shape[1]}")
-        if c.lora_rank:
-            nets = network(config, state, origin, adapters)
-        else:
-            nets = {"student": network(config, state, origin)}
-            if c.stage == "distill":
-                plain, state = wan.load(run / "pretrain", second_time=False, compressed=compressed)
-                nets |= {name: network(plain, state, run / "pretrain") for name in ("teacher", "fake")}
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    if c.lora_rank:
+        # The weights that the stage before adapted, or those that it ended with.
+        adapter = checkpoint.load_model(origin)[2] if before else None
+        base = adapter["base"] if adapter else str(origin)
+        adapters = {"student": adapter_of(origin, base) if before else (None, origin)}
+        if c.stage == "distill":
+            adapters |= {name: adapter_of(run / "pretrain", base) for name in ("teacher", "fake")}
+        origin = base
+    if not origin:
+        origin, config = "fresh weights", dataclasses.replace(PRESETS[c.preset], second_time=False, compressed=compressed)
+        state = FlowMapDiT(config).init_weights(distributed.generator(c.seed, "init")).state_dict()
+    else:
+        config, state = wan.load(origin, second_time=c.stage != "pretrain", compressed=compressed)
+    if config.channels != latent_shape[1] or config.text_dim != source.null_text.shape[1]:
+        raise ValueError(f"{origin} works on {config.channels} channels and prompts of width {config.text_dim}, but --data "
+                         f"{c.data} has {latent_shape[1]} and {source.null_text.shape[1]}")
+    if c.lora_rank:
+        nets = network(config, state, origin, adapters)
+    else:
+        nets = {"student": network(config, state, origin)}
+        if c.stage == "distill":
+            plain, state = wan.load(run / "pretrain", second_time=False, compressed=compressed)
+            nets |= {name: network(plain, state, run / "pretrain") for name in ("teacher", "fake")}
     student_net, teacher, fake_net = nets["student"], nets.get("teacher"), nets.get("fake")
     parts = {"student": checkpoint.trainable(student_net, c.lr, (c.beta1, c.beta2), c.weight_decay, with_ema=True)}
     if c.stage == "distill":
@@ -389,10 +387,7 @@ def train(c: Config) -> Path:
     student = parts["student"]
 
     # --- resume
-    try:
-        counters = checkpoint.load_checkpoint(stage, parts, world, say)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    counters = checkpoint.load_checkpoint(stage, parts, world, say)
     first, skipped = counters.get("step", 0), counters.get("skipped", 0)
     if first >= c.steps and (stage / "model.safetensors").exists():
         say(f"stage {c.stage} is finished in {stage} ({first} updates); --fresh trains it anew")
@@ -577,9 +572,10 @@ def git_revision() -> str:
         return "unknown"
 
 
+def main(argv=None) -> None:
+    train(parse_config(argv))
+
+
 if __name__ == "__main__":
-    try:
-        train(parse_config())
-    except ValueError as error:
-        raise SystemExit(f"train.py: {error}") from None
+    cli.run(main)
     distributed.stop()

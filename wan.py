@@ -11,7 +11,6 @@ import html
 import importlib
 import json
 import shutil
-import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -371,4 +370,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cli.run(main)

@@ -208,7 +208,7 @@ def test_adapters_of_different_bases_do_not_mix(tmp_path):
         train.parse_config(["--preset", "tiny", "--lora-rank", "2"])            # nothing to adapt
     run("pretrain")
     run("flowmap")
-    with pytest.raises(SystemExit, match="pretrain is not an adapter of .*flowmap, .*--lora-rank 0"):
+    with pytest.raises(ValueError, match="pretrain is not an adapter of .*flowmap, .*--lora-rank 0"):
         run("distill", "--lora-rank", "2")
     run("flowmap", "--lora-rank", "2", "--fresh")                               # adapts the teacher that pretrain ended with
     run("distill")

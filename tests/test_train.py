@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
     for path in checkpoint.checkpoints(folder):
         (path / "state.json").write_text("{}")
-    with pytest.raises(SystemExit, match="every checkpoint in .* is damaged"):
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
         run_stage(tmp_path / "run", "flowmap", "--save-every", "4", "--steps", "13")
 
 
@@ -165,7 +165,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch):
         return save(tensors, **options)
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save", full)
-        with pytest.raises(SystemExit, match="No space left on device.*00000004 is kept. Make room"):
+        with pytest.raises(OSError, match="No space left on device.*00000004 is kept. Make room"):
             run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run" / "flowmap")] == ["00000004"]
     run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
@@ -277,7 +277,7 @@ def test_a_finished_stage_is_reused_and_other_settings_are_refused(finished):
     before = (finished / "flowmap" / "model.safetensors").stat().st_mtime_ns
     run_stage(finished, "flowmap")
     assert (finished / "flowmap" / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(SystemExit, match="was started with lr = 0.001, not 0.5.*--fresh"):
+    with pytest.raises(ValueError, match="was started with lr = 0.001, not 0.5.*--fresh"):
         run_stage(finished, "flowmap", "--lr", "0.5")
 
 
@@ -297,7 +297,7 @@ def test_later_stages_inherit_the_data(tmp_path):
 ])
 def test_what_cannot_work_says_what_to_do(tmp_path, flags, message):
     config = train.parse_config(["--preset", "tiny", "--run-dir", str(tmp_path / "run"), *flags])
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ValueError) as error:
         train.train(config)
     assert __import__("re").search(message, str(error.value), flags=16)
     assert not (tmp_path / "run" / "pretrain" / "checkpoints").exists()
@@ -463,7 +463,7 @@ def test_eval_measures_drift_along_long_causal_clips(causal, tmp_path, capsys):
 def test_the_causal_recipe_is_checked(tmp_path, capsys):
     def config(*flags):
         return train.parse_config(["--preset", "tiny", "--causal", "--run-dir", str(tmp_path), *flags])
-    with pytest.raises(SystemExit, match="add up to 3, but clips have 4 latent frames"):
+    with pytest.raises(ValueError, match="add up to 3, but clips have 4 latent frames"):
         train.train(config("--chunks", "1,2"))
     for flags, message in ((["--chunks", "1,x"], "whole numbers"), (["--full-chunks", "-1"], "at least 0"),
                            (["--stage", "flowmap", "--base", "a"], "--base is for stage pretrain")):
@@ -472,7 +472,7 @@ def test_the_causal_recipe_is_checked(tmp_path, capsys):
         assert message in capsys.readouterr().err
     default = train.parse_config(["--causal"])
     assert default.run_dir == "runs/toy-shapes-causal" and default.base == "runs/toy-shapes/pretrain"
-    with pytest.raises(SystemExit, match="--base nowhere: not there. First run"):
+    with pytest.raises(ValueError, match="--base nowhere: not there. First run"):
         train.train(config("--base", "nowhere"))
 
 

@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def run(main) -> None:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Raises ValueError unless the folder `path` is there, or can be made, and can be written."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{flag} {path}: {there} is not a folder that can be written; give another one")
 
 
 def nearest(word: str, words) -> str:

@@ -149,14 +149,19 @@ class Shards:
 
     def __init__(self, path):
         self.path, self.attributes = Path(path), {}
-        self.manifest = json.loads((self.path / "manifest.json").read_text())
+        again = "run the command that made the shards again"
+        try:
+            self.manifest = json.loads((self.path / "manifest.json").read_text())
+            self.latent_shape, self.text_shape = tuple(self.manifest["latent_shape"]), tuple(self.manifest["text_shape"])
+        except FileNotFoundError:
+            raise ValueError(f"{path}: has no manifest.json, so it is no folder of shards, or not a finished one: {again}") from None
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{self.path / 'manifest.json'}: not what was written ({error}); {again}") from None
         for shard in self.manifest["shards"]:
             file = self.path / shard["name"]
             if not file.exists() or file.stat().st_size != shard["bytes"]:
-                raise ValueError(f"{file}: missing, or not the {shard['bytes']} bytes of the manifest; delete it and run the "
-                                 f"command that made the shards again")
+                raise ValueError(f"{file}: missing, or not the {shard['bytes']} bytes of the manifest; delete it and {again}")
         self.places = [(shard["name"], i) for shard in self.manifest["shards"] for i in range(shard["clips"])]
-        self.latent_shape, self.text_shape = tuple(self.manifest["latent_shape"]), tuple(self.manifest["text_shape"])
         self.null_text = load_file(self.path / "null_text.safetensors")["text"].float()      # (T, D)
         if not self.places:
             raise ValueError(f"{path}: no clip in any shard")

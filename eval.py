@@ -32,12 +32,13 @@ from sample import SAMPLERS, contact_sheet, generate, load_pipeline, to_pixels
 
 HELD_OUT = 1_000_000         # clip seeds from here on are never used in training
 TEACHER_STEPS = 50
+COMPONENTS = 64              # of real pixels, for the distance
 
 
 class Frechet:
     """Frechet distance between sets of clips, in a feature space fixed by real clips."""
 
-    def __init__(self, real: torch.Tensor, components: int = 64):
+    def __init__(self, real: torch.Tensor, components: int = COMPONENTS):
         pixels = real.flatten(1).double()                                           # (B, pixels)
         self.mean = pixels.mean(0)
         _, _, basis = torch.linalg.svd(pixels[:1024] - self.mean, full_matrices=False)     # more would take a minute
@@ -112,7 +113,8 @@ def parse_models(run: Path, text: str | None, parser) -> list[tuple[str, Path, s
         name, _, sampler = word.partition(":")
         folder = run / name if (run / name).exists() else Path(name)
         if not (folder / "model.safetensors").exists():
-            parser.error(f"--models {word}: no finished stage in {folder}")
+            parser.error(f"--models {word}: no finished stage in {folder}; finished in {run}: "
+                         + (", ".join(file.parent.name for file in sorted(run.glob("*/model.safetensors"))) or "none"))
         if (sampler or "euler") not in SAMPLERS:
             parser.error(f"--models {word}: sampler {sampler!r}{cli.nearest(sampler, SAMPLERS)}")
         models.append((word, folder, sampler or "euler"))
@@ -135,12 +137,12 @@ def main(argv=None) -> None:
                         help="auto, cpu or cuda (default auto)")
     parser.add_argument("--out", type=Path, help="folder for the results (default RUN_DIR/eval)")
     args = parser.parse(argv)
-    if args.count < 2:
-        parser.error(f"--count {args.count}: must be at least 2")
+    if args.count <= COMPONENTS:
+        parser.error(f"--count {args.count}: must be at least {COMPONENTS + 1}, more than the components of the distance")
     if args.length < 1:
         parser.error(f"--length {args.length}: must be at least 1")
     models, out, started = parse_models(args.run_dir, args.models, parser), args.out or args.run_dir / "eval", time.time()
-    out.mkdir(parents=True, exist_ok=True)
+    cli.check_folder(out, "--out")
     try:
         world = distributed.start(args.device)
         pipelines = {folder: load_pipeline(folder, world.device) for _, folder, _ in models}
@@ -217,6 +219,7 @@ def main(argv=None) -> None:
     if dataset.attributes:
         table += f", acc {summary['real_accuracy']['all']:.3f}, psnr {summary['real_psnr']:.1f}"
     print("\n" + table + "\n")
+    out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table + "\n")
     (out / "results.json").write_text(json.dumps({**summary, "rows": rows}, indent=1))
     written = ["table.md", "results.json"]

@@ -262,10 +262,14 @@ def main(argv=None) -> None:
             parser.error(f"--prompts {args.prompts}: no such file")
         captions += read_prompts(args.prompts, parser)
     if not captions:
-        parser.error('no prompt: give --prompt "..." or --prompts FILE')
+        parser.error(f"--prompts {args.prompts}: holds no prompt; write one a line" if args.prompts else
+                     'no prompt: give --prompt "..." or --prompts FILE')
     for name, least in (("steps", 1), ("count", 1), ("frames", 1), ("window", 0)):
         if (getattr(args, name) if getattr(args, name) is not None else least) < least:
             parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
+    for name in ("guidance", "shift"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name} {getattr(args, name):g}: must be above 0")
     if args.image and args.video:
         parser.error("--image and --video: give one of them")
     for chunk, _ in args.prompt_at:
@@ -277,20 +281,33 @@ def main(argv=None) -> None:
         if path and path.suffix not in ((".mp4", ".gif", ".png") if name == "out" else (".png",)):
             parser.error(f"--{name} {path}: the name must end in {'.mp4, .gif or .png' if name == 'out' else '.png'}")
 
+    try:
+        grid = [float(t) for t in args.grid.split(",")] if args.grid else None
+    except ValueError:
+        parser.error(f"--grid {args.grid}: expected numbers with commas from 1 down to 0, such as 1,0.6,0")
+    for name, path in (("--out", args.out if args.vbench else args.out.parent), ("--save-latents", args.save_latents),
+                       ("--sheet", args.sheet and args.sheet.parent)):
+        if path:
+            cli.check_folder(path, name)
     run_dir = args.run_dir or Path("runs/toy-shapes-causal" if args.causal else "runs/toy-shapes")
     stage = args.ckpt or (run_dir / args.stage if args.stage else newest_stage(run_dir))
     world = distributed.start(args.device)
     try:
         pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height, args.width)
         shift = args.shift or pipeline.config["shift"]
-        grid = [float(t) for t in args.grid.split(",")] if args.grid else flowmap.time_grid(args.steps, shift)
+        grid = grid or flowmap.time_grid(args.steps, shift)
         guidance = args.guidance or (1.0 if pipeline.network.config.second_time else pipeline.config["guidance"])
         captions = [caption for caption in captions for _ in range(args.count)]
         seeds = list(range(args.seed, args.seed + len(captions)))
         options = {"window": args.window, "prompt_at": {int(chunk): prompt for chunk, prompt in args.prompt_at}}
         start = args.image or args.video
+        if start and len(pipeline.chunks) == 1:
+            raise ValueError(f"--{'image' if args.image else 'video'}: this model was trained on whole clips; use one trained with --causal")
         if args.frames and args.frames != pipeline.codec.frames(sum(pipeline.chunks)):
             options["chunks"] = chunks_for(pipeline, args.frames)
+        count = len(options.get("chunks", pipeline.chunks))
+        if late := [m for m in options["prompt_at"] if m >= count]:
+            raise ValueError(f"--prompt-at {late[0]}: the clip has {count} chunks, counted from 0; give more --frames")
         if start:
             given = given_latents(pipeline, start, bool(args.image), options.get("chunks", pipeline.chunks))
             options["given"] = given.expand(len(captions), *given.shape[1:])
@@ -328,7 +345,10 @@ def read_prompts(path: Path, parser) -> list[str]:
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        return [row["prompt_en"] if isinstance(row, dict) else str(row) for row in json.loads(text)]
+        rows = json.loads(text)
+        if not isinstance(rows, list):
+            raise TypeError(f"not {type(rows).__name__}")
+        return [row["prompt_en"] if isinstance(row, dict) else str(row) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         parser.error(f"--prompts {path}: expected a list of prompts, or of entries with prompt_en ({error})")
 

@@ -179,6 +179,11 @@ def parse_config(argv=None) -> Config:
     for name in ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction", "consistency_fraction"):
         if not 0 <= getattr(c, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must lie in [0, 1]")
+    if c.epsilon > 0.5:
+        parser.error(f"--epsilon {c.epsilon}: must be at most 0.5, the half width of all times")
+    for name in ("chunks", "full_chunks"):
+        if name in given and not c.causal:
+            parser.error(f"--{name.replace('_', '-')} is for --causal: a bidirectional clip is one chunk")
     if c.flow_fraction + c.consistency_fraction > 1:
         parser.error("--flow-fraction and --consistency-fraction: together at most 1")
     for name in ("budgets", "chunks"):
@@ -186,7 +191,7 @@ def parse_config(argv=None) -> Config:
             cli.positive_ints(getattr(c, name))
         except cli.argparse.ArgumentTypeError as error:
             parser.error(f"--{name} {error}")
-    for name in ("full_chunks", "lora_rank", "lora_alpha"):
+    for name in ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup", "cotrain", "weight_decay"):
         if getattr(c, name) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 0")
     c.lora_alpha = c.lora_alpha or float(c.lora_rank)
@@ -257,10 +262,8 @@ def train(c: Config) -> Path:
         raise ValueError(f"--batch-size {c.batch_size} is not a multiple of {per_step}: {world.size} processes times "
                          f"{per_step // world.size} samples (--micro-batch)")
     micro_batch, micro_steps = per_step // world.size, c.batch_size // per_step
-    if c.fresh and world.is_main:
-        shutil.rmtree(stage, ignore_errors=True)
-    barrier(world)
-    if (stage / "config.json").exists():
+    cli.check_folder(stage, "--run-dir")
+    if (stage / "config.json").exists() and not c.fresh:
         saved = json.loads((stage / "config.json").read_text())["config"]
         for field in dataclasses.fields(Config):
             if field.name not in CHANGEABLE and saved[field.name] != getattr(c, field.name):
@@ -268,22 +271,17 @@ def train(c: Config) -> Path:
                                  f"{getattr(c, field.name)}: use --fresh to start it anew, or another --run-dir")
 
     # --- data: latents and prompt features, from shards or made of clips and captions on the fly
+    record, codec_file = {}, stage / "codec.safetensors"
     try:
         source = data.open_data(c.data, c.frames, c.size)
-        stage.mkdir(parents=True, exist_ok=True)
-        if isinstance(source, data.Shards):
-            record = {}
-        else:
-            codec_file = stage / "codec.safetensors"             # fitted once, by the first stage
-            if world.is_main and not codec_file.exists():
-                fitted = (run / before if before else Path(c.base or "none")) / codec_file.name
-                state = (load_file(fitted) if fitted.exists() else
-                         encoders.PatchPCA.fit(source.clips(range(1024), seed=c.seed)[0], PRESETS[c.preset].channels).state())
-                save_file(state, codec_file.with_suffix(".partial"))
-                codec_file.with_suffix(".partial").rename(codec_file)
-            barrier(world)
+        if not isinstance(source, data.Shards):
+            # Fitted once, by the first stage.
+            places = [(run / before if before else Path(c.base or "none")) / codec_file.name]
+            places += [codec_file] if codec_file.exists() and not c.fresh else []
+            codec = (encoders.PatchPCA.from_state(load_file(places[-1])) if places[-1].exists() else
+                     encoders.PatchPCA.fit(source.clips(range(1024), seed=c.seed)[0], PRESETS[c.preset].channels))
             words = encoders.Words.of(source.captions, PRESETS[c.preset].text_dim)
-            source = encoders.Encoded(source, encoders.PatchPCA.from_state(load_file(codec_file)), words)
+            source = encoders.Encoded(source, codec, words)
             record = {"vocabulary": words.vocabulary, "text_length": words.length}
     except ValueError as error:
         raise ValueError(f"--data {c.data}: {error}") from None
@@ -386,7 +384,17 @@ def train(c: Config) -> Path:
         parts["fake"] = checkpoint.trainable(fake_net, c.fake_lr, (c.beta1, c.beta2), c.weight_decay, with_ema=False)
     student = parts["student"]
 
-    # --- resume
+    # --- everything is in order: the folder, and what is saved in it
+    if world.is_main:
+        if c.fresh:
+            shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True, exist_ok=True)
+        if record and not codec_file.exists():
+            save_file(source.codec.state(), codec_file.with_suffix(".partial"))
+            codec_file.with_suffix(".partial").rename(codec_file)
+    barrier(world)
+    if record:                                           # all ranks go on with what one has fitted
+        source.codec = encoders.PatchPCA.from_state(load_file(codec_file))
     counters = checkpoint.load_checkpoint(stage, parts, world, say)
     first, skipped = counters.get("step", 0), counters.get("skipped", 0)
     if first >= c.steps and (stage / "model.safetensors").exists():

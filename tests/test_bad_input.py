@@ -1,0 +1,232 @@
+"""What a user may get wrong, in every script: one line that names the offender and the remedy, exit code 2, nothing changed."""
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import bench
+import cli
+import data
+import eval as evaluation
+import sample
+import train
+import wan
+from test_wan import PLAIN, SMALL, renamed
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train": train, "sample": sample, "data": data, "eval": evaluation, "wan": wan, "bench": bench}
+PROMPT = ["--prompt", "a red circle moving left"]
+RUN, CAUSAL, STAGE = ["--run-dir", "run"], ["--run-dir", "causal"], "run/distill"
+TINY = ["--preset", "tiny", "--run-dir", "new"]
+
+
+class Code:
+    """A pickle of this runs code when it is read."""
+    def __reduce__(self):
+        return (os.system, ("touch was-run",))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run and a causal one, clips, shards, weights, and broken ones of each."""
+    folder = tmp_path_factory.mktemp("bad")
+    for stage in train.STAGES:
+        for run, flags in (("run", []), ("causal", ["--causal", "--full-chunks", "2"])):
+            train.main(["--preset", "tiny", "--stage", stage, "--run-dir", str(folder / run), "--steps", "2", *flags])
+    (folder / "half").mkdir()
+    shutil.copytree(folder / "run" / "pretrain", folder / "half" / "pretrain")
+    for name, change in (("truncated", lambda stage: cut(stage / "model.safetensors")),
+                         ("other", lambda stage: shutil.rmtree(stage / "checkpoints"))):
+        shutil.copytree(folder / "run" / "pretrain", folder / name / "pretrain")
+        change(folder / name / "pretrain")
+    # The training state of another network, and one that is damaged.
+    shutil.copytree(folder / "causal" / "flowmap" / "checkpoints", folder / "other" / "pretrain" / "checkpoints")
+    shutil.copytree(folder / "run" / "pretrain", folder / "damaged" / "pretrain")
+    for file in (folder / "damaged" / "pretrain" / "checkpoints").rglob("*.safetensors"):
+        cut(file)
+    (folder / "damaged" / "pretrain" / "model.safetensors").unlink()
+    clip = np.zeros((8, 16, 16, 3), dtype=np.uint8)
+    for name, frames in (("clips", 8), ("silent", 8), ("short", 1)):
+        (folder / name).mkdir()
+        iio.imwrite(folder / name / "a.gif", clip[:frames], duration=125)
+        if name != "silent":
+            (folder / name / "a.txt").write_text("a red box")
+    (folder / "empty").mkdir()
+    writer = data.ShardWriter(folder / "shards")
+    for i in range(2):
+        writer.add(f"{i}", torch.randn(4, 48, 4, 4), torch.randn(3, 64), "a red box")
+    writer.close(torch.zeros(3, 64), {})
+    for name in ("shards-cut", "shards-flipped", "shards-json", "shards-old"):
+        shutil.copytree(folder / "shards", folder / name)
+    shard = next((folder / "shards-cut").glob("part-0-of-1-*.safetensors"))
+    cut(shard)
+    flipped = folder / "shards-flipped" / shard.name
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"x")
+    (folder / "shards-json" / "manifest.json").write_text('{"clips": 2')
+    (folder / "shards-old" / "manifest.json").write_text('{"clips": 2}')
+    weights = {"good": renamed(PLAIN, "diffusers")}
+    weights["missing"] = {n: t for n, t in weights["good"].items() if n != "proj_out.bias"}
+    weights["misshaped"] = weights["good"] | {"proj_out.bias": torch.zeros(3)}
+    weights["more"] = weights["good"] | {"surprise": torch.zeros(3)}
+    for name, tensors in weights.items():
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "weights.safetensors")
+        (folder / name / "config.json").write_text(json.dumps({"num_attention_heads": SMALL.heads}))
+    (folder / "index").mkdir()
+    (folder / "index" / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    torch.save({"weights": Code()}, folder / "code.pt")
+    (folder / "nonsense.safetensors").write_bytes(b"nonsense")
+    (folder / "note.txt").write_text("not a picture")
+    (folder / "none.txt").write_text("\n")
+    (folder / "prompts.json").write_text('{"prompt": 1}')
+    (folder / "list.json").write_text('[{"text": "no prompt_en"}]')
+    iio.imwrite(folder / "start.png", clip[0])
+    iio.imwrite(folder / "one.gif", clip[:1], duration=125)
+    return folder
+
+
+def cut(file: Path):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def listing(folder: Path) -> dict:
+    return {str(p): (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "") for p in folder.rglob("*")}
+
+
+# (script, arguments, what the line must hold: the offender, the remedy)
+CASES = [
+    # train: flags and their combinations
+    ("train", ["--stpes", "5"], "--stpes", "did you mean --steps"),
+    ("train", ["--stage", "distil"], "'distil'", "did you mean distill"),
+    ("train", ["--preset", "wan-13b"], "'wan-13b'", "did you mean wan-1"),
+    ("train", ["--steps", "many"], "--steps", "invalid int"),
+    ("train", ["--lr", "-1"], "--lr -1.0", "above 0"),
+    ("train", ["--guidance", "0"], "--guidance 0.0", "above 0"),
+    ("train", ["--ema-decay", "2"], "--ema-decay 2.0", "lie in [0, 1]"),
+    ("train", ["--budgets", "0,2"], "--budgets '0,2'", "whole numbers from 1 up"),
+    ("train", ["--flow-fraction", "0.9"], "--flow-fraction", "together at most 1"),
+    ("train", ["--causal", "--full-chunks", "-1"], "--full-chunks -1", "at least 0"),
+    ("train", ["--micro-batch", "-2"], "--micro-batch -2", "at least 0"),
+    ("train", ["--epsilon", "0.7"], "--epsilon 0.7", "at most 0.5"),
+    ("train", ["--lora-rank", "4"], "--lora-rank", "--base"),
+    ("train", ["--stage", "flowmap", *RUN, "--base", "run"], "--base", "starts from stage pretrain"),
+    ("train", [*TINY, "--frames", "7"], "(7, 16, 16)", "divisible by the patch (2, 4, 4)"),
+    ("train", [*TINY, "--size", "15"], "15", "divisible by the patch"),
+    ("train", [*TINY, "--causal", "--base", "none", "--chunks", "1,2"], "--chunks 1,2", "clips have 4 latent frames"),
+    ("train", [*TINY, "--chunks", "2,2"], "--chunks", "--causal"),
+    ("train", [*TINY, "--device", "cuda"], "device cuda", "--device cpu"),
+    ("train", [*TINY, "--micro-batch", "3"], "--batch-size 8", "not a multiple of 3"),
+    # train: data
+    ("train", [*TINY, "--data", "shape"], "--data shape", "nearest: shapes"),
+    ("train", [*TINY, "--data", "empty"], "empty", "a caption in NAME.txt"),
+    ("train", [*TINY, "--data", "silent"], "silent", "a caption in NAME.txt"),
+    ("train", [*TINY, "--data", "short"], "short", "at least 8 frames"),
+    ("train", [*TINY, "--data", "shards-cut"], "part-0-of-1", "run the command that made the shards again"),
+    ("train", [*TINY, "--data", "shards-json"], "shards-json", "run the command that made the shards again"),
+    ("train", [*TINY, "--data", "shards-old"], "shards-old", "run the command that made the shards again"),
+    # train: stages, weights, checkpoints
+    ("train", ["--stage", "flowmap", *TINY], "pretrain, which is not finished in new", "python train.py --stage pretrain"),
+    ("train", [*TINY, "--base", "nowhere"], "--base nowhere", "--base none"),
+    ("train", [*TINY, "--base", "good"], "good works on 6 channels", "--data shapes has 48"),
+    ("train", [*TINY, "--base", "code.pt"], "code.pt", "convert it to safetensors"),
+    ("train", ["--preset", "tiny", "--steps", "2", *RUN, "--seed", "1"], "seed = 0, not 1", "--fresh"),
+    ("train", ["--preset", "tiny", "--stage", "flowmap", "--run-dir", "truncated"], "truncated/pretrain/model.safetensors", "--fresh"),
+    ("train", ["--preset", "tiny", "--steps", "2", "--run-dir", "other"], "the training state of another network", "--fresh"),
+    ("train", ["--preset", "tiny", "--steps", "2", "--run-dir", "damaged"], "every checkpoint in damaged", "--fresh"),
+    ("train", ["--preset", "tiny", "--run-dir", "note.txt/run"], "--run-dir note.txt/run", "give another one"),
+    # sample
+    ("sample", RUN, "no prompt", "--prompt"),
+    ("sample", [*RUN, "--prompts", "gone.txt"], "gone.txt", "no such file"),
+    ("sample", [*RUN, "--prompts", "none.txt"], "none.txt", "holds no prompt"),
+    ("sample", [*RUN, "--prompts", "prompts.json"], "prompts.json", "a list of prompts"),
+    ("sample", [*RUN, "--prompts", "list.json"], "list.json", "prompt_en"),
+    ("sample", [*RUN, "--prompt", "a red cirkle"], "'cirkle'", "nearest known: 'circle'"),
+    ("sample", [*RUN, *PROMPT, "--steps", "0"], "--steps 0", "at least 1"),
+    ("sample", [*RUN, *PROMPT, "--grid", "1,0.2,0.5,0"], "[1.0, 0.2, 0.5, 0.0]", "fall strictly from 1 to 0"),
+    ("sample", [*RUN, *PROMPT, "--grid", "1,half,0"], "--grid 1,half,0", "numbers with commas"),
+    ("sample", [*RUN, *PROMPT, "--guidance", "0"], "--guidance 0", "above 0"),
+    ("sample", [*RUN, *PROMPT, "--shift", "-5"], "--shift -5", "above 0"),
+    ("sample", [*RUN, *PROMPT, "--out", "clip.avi"], "--out clip.avi", ".mp4, .gif or .png"),
+    ("sample", [*RUN, *PROMPT, "--out", "note.txt/clip.mp4"], "--out note.txt", "give another one"),
+    ("sample", [*RUN, *PROMPT, "--sheet", "sheet.jpg"], "--sheet sheet.jpg", "end in .png"),
+    ("sample", [*RUN, *PROMPT, "--sampler", "heun"], "'heun'", "valid: euler, consistency"),
+    ("sample", [*RUN, *PROMPT, "--stage", "distl"], "'distl'", "did you mean distill"),
+    ("sample", ["--run-dir", "half", *PROMPT, "--stage", "flowmap"], "half/flowmap", "not trained"),
+    ("sample", ["--run-dir", "nowhere", *PROMPT], "nowhere", "python train.py --stage pretrain"),
+    ("sample", ["--ckpt", "nonsense.safetensors", *PROMPT], "nonsense.safetensors", "not a file of weights"),
+    ("sample", ["--ckpt", "good", *PROMPT], "good", "--base"),
+    ("sample", [*RUN, *PROMPT, "--frames", "16"], "one length", "--causal"),
+    ("sample", [*RUN, *PROMPT, "--video", "clips/a.gif"], "--video", "trained with --causal"),
+    ("sample", [*CAUSAL, *PROMPT, "--image", "note.txt"], "note.txt", "cannot be read"),
+    ("sample", [*CAUSAL, *PROMPT, "--video", "one.gif"], "one.gif: 1 frames", "the first chunk takes 2"),
+    ("sample", [*CAUSAL, *PROMPT, "--image", "start.png", "--video", "clips/a.gif"], "--image and --video", "one of them"),
+    ("sample", [*CAUSAL, *PROMPT, "--prompt-at", "two", "a blue square"], "--prompt-at two", "a number from 0 up"),
+    ("sample", [*CAUSAL, *PROMPT, "--prompt-at", "9", "a blue square"], "--prompt-at 9", "has 4 chunks"),
+    ("sample", [*CAUSAL, *PROMPT, "--window", "-1"], "--window -1", "at least 0"),
+    ("sample", [*CAUSAL, *PROMPT, *PROMPT, "--stream"], "--stream", "one prompt"),
+    ("sample", [*CAUSAL, *PROMPT, "--stream", "--out", "clip.png"], "clip.png", ".mp4 or .gif"),
+    # data
+    ("data", ["encode"], "encode", "--videos"),
+    ("data", ["encod"], "'encod'", "did you mean encode"),
+    ("data", ["encode", "--videos", "clips", "--base", "good", "--out", "o", "--frames", "80"], "--frames 80", "4 n + 1"),
+    ("data", ["encode", "--videos", "gone", "--base", "good", "--out", "o"], "--videos gone", "no video"),
+    ("data", ["check", "empty"], "empty", "manifest.json"),
+    ("data", ["check", "shards-flipped"], "part-0-of-1", "run the command that made the shards again"),
+    # eval
+    ("eval", ["--models", "run/distil"], "--models run/distil", "finished in runs/toy-shapes: none"),
+    ("eval", [*RUN, "--steps", "0"], "'0'", "whole numbers from 1 up"),
+    ("eval", [*RUN, "--count", "10"], "--count 10", "at least 65"),
+    ("eval", [*RUN, "--models", "distill", "--length", "4"], "--length 4", "causal models only"),
+    # wan
+    ("wan", ["show", "nowhere"], "nowhere", "not there"),
+    ("wan", ["show", "empty"], "empty", "expected one .safetensors"),
+    ("wan", ["show", "code.pt"], "code.pt", "convert it to safetensors"),
+    ("wan", ["show", "index"], "gone.safetensors", "missing"),
+    ("wan", ["show", "missing"], "proj_out.bias", "missing"),
+    ("wan", ["show", "misshaped"], "proj_out.bias has shape (3,)", "expected (24,)"),
+    ("wan", ["show", "more"], "surprise", "not of this network"),
+    ("wan", ["export", STAGE], "export", "--to DIR"),
+    ("wan", ["export", STAGE, "--to", "out"], "run/distill", "output_skip"),
+    ("wan", ["export", "good", "--to", "clips"], "clips is not empty", "a new folder"),
+    ("wan", ["export", STAGE, "--to", "lora.safetensors"], "run/distill", "export it to a folder"),
+    # bench
+    ("bench", ["plan", "--gpus", "0"], "--gpus 0", "at least 1"),
+    ("bench", ["plan", "--preset", "wan-14b", "--frames", "80"], "--frames 80", "4 n + 1"),
+]
+
+
+@pytest.mark.parametrize("script, argv, offender, remedy", CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
+def test_one_line_names_the_offender_and_the_remedy(folder, monkeypatch, capsys, script, argv, offender, remedy):
+    monkeypatch.chdir(folder)
+    before = listing(folder)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+    with pytest.raises(SystemExit) as error:
+        cli.run(lambda: SCRIPTS[script].main(argv))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2
+    assert offender in lines[-1] and remedy in lines[-1] and f"{script}.py: error: " in lines[-1], lines[-1]
+    assert listing(folder) == before
+
+
+@pytest.mark.parametrize("processes, argv, words", [
+    (1, ["train.py", "--data", "shape"], ["train.py: error: --data shape", "nearest: shapes"]),
+    (1, ["sample.py", *RUN, "--prompt", "a red cirkle"], ["sample.py: error: unknown words: 'cirkle'"]),
+    (3, ["train.py", *TINY], ["train.py: error: --batch-size 8 is not a multiple of 6: 3 processes times 2"])])
+def test_as_a_command(folder, processes, argv, words):
+    """The same from a shell; and with a number of processes that does not divide the batch."""
+    before = listing(folder)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    out = subprocess.run([sys.executable, *launch, str(ROOT / argv[0]), *argv[1:]], cwd=folder, capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert all(word in out.stderr for word in words), out.stderr
+    assert processes > 1 and out.returncode or out.returncode == 2 and "Traceback" not in out.stderr
+    assert listing(folder) == before

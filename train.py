@@ -358,6 +358,8 @@ def train(c: Config) -> Path:
         # The weights that the stage before adapted, or those that it ended with.
         adapter = checkpoint.load_model(origin)[2] if before else None
         base = adapter["base"] if adapter else str(origin)
+        if not Path(base).exists():
+            raise ValueError(f"{origin} adapts the weights {base}, which are not there: put them there again, or run where they are")
         adapters = {"student": adapter_of(origin, base) if before else (None, origin)}
         if c.stage == "distill":
             adapters |= {name: adapter_of(run / "pretrain", base) for name in ("teacher", "fake")}
@@ -405,8 +407,9 @@ def train(c: Config) -> Path:
                    "latent_shape": latent_shape, "chunks": all_chunks}
         data.write_text(stage / "config.json", json.dumps(record, indent=1))
         log_path = stage / "log.jsonl"
-        rows = log_path.read_text().splitlines() if log_path.exists() else []
-        log_path.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= first))
+        rows = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
+        # Without the rows of updates that are made again, and a last one that was cut short.
+        data.write_text(log_path, "".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= first))
         if first:
             say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}")
 

@@ -191,6 +191,8 @@ def test_a_run_of_adapters_from_base_to_clip(tmp_path):
     moved = base.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="weights, which are not there: give their folder with --base"):
         wan.load(stage)
+    with pytest.raises(ValueError, match="adapts the weights .*which are not there: put them there again"):
+        run("distill", "--fresh")
     _, state = wan.load(stage, base=moved)
     merged = FlowMapDiT(config)
     checkpoint.load_weights(merged, state, stage)

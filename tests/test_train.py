@@ -120,6 +120,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(either, tmp_path, stage, m
             run_stage(tmp_path / "run", stage, *flags)
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run" / stage)] == [f"{every:08d}"]
     assert not (tmp_path / "run" / stage / "model.safetensors").exists()
+    with open(tmp_path / "run" / stage / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')                            # a row that was being written
     run_stage(tmp_path / "run", stage, *flags)
     newest = checkpoint.checkpoints(finished / stage)[-1].name
     for file in ("model.safetensors", f"checkpoints/{newest}/{STATE}"):

@@ -10,6 +10,9 @@ Times are float32 in [0, 1] (1 = noise), of shape (B,) for one time a clip or (B
 Causal generation (METHOD section 7) is the same network asked about one chunk of frames at a time, or about several
 that do not see each other, in a `Context`: the prompt and the keys and values of the clean chunks before. A clip in one
 chunk, with nothing before it, is the bidirectional case.
+
+An image-to-video network (Wan2.1-I2V) gets the picture in the `Context` too: as I image tokens beside the prompt's in
+cross-attention, and as channels beside those of z, which say what of the clip is known.
 """
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -35,6 +38,8 @@ class ModelConfig:
     time_scale: float = 1000.0    # the sinusoid sees time_scale * t. 1000 is what Wan weights know; a network trained
                                   # from scratch for minutes needs a slower one for a smooth d u / d t
     second_time: bool = True      # False: the plain teacher, which knows t only and ignores r
+    image_channels: int = 0       # image-to-video: channels of Context.known, which stand beside those of z
+    image_dim: int = 0            # image-to-video: width of Context.image; 0: no image tokens
     compressed: bool = False      # a second patch embedding, of patch 2 P, for the older chunks of a causal network
     gate: float = 0.25            # g in e = (1 - g) E(t) + g E'(r)
     output_skip: float = 0.0      # > 0: add the exact average velocity of Gaussian data of this standard deviation to
@@ -47,6 +52,7 @@ PRESETS = {
     "toy": ModelConfig(dim=96, heads=4, layers=4, ffn_dim=384, channels=48, patch=1, text_dim=64, freq_dim=64,
                        time_scale=50.0, output_skip=1.0),
     "wan-1.3b": ModelConfig(),
+    "wan-5b": ModelConfig(dim=3072, heads=24, ffn_dim=14336, channels=48),
     "wan-14b": ModelConfig(dim=5120, heads=40, layers=40, ffn_dim=13824),
 }
 
@@ -97,10 +103,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6).type_as(x)
 
 
-def layer_norm(x: torch.Tensor, weight=None, bias=None) -> torch.Tensor:
+def layer_norm(x: torch.Tensor, weight=None, bias=None, eps: float = 1e-6) -> torch.Tensor:
     """LayerNorm in fp32; the result stays in fp32 for the modulation that follows."""
     weight, bias = (None if p is None else p.float() for p in (weight, bias))
-    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, 1e-6)
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
 
 
 @dataclass(frozen=True)
@@ -122,14 +128,18 @@ class Context:
     chunks: tuple[int, ...] = ()  # frames of each chunk of z; none: z is one chunk
     adapter: str = ""             # which of the adapters on the weights (lora.py) is added; none: the weights as they are
     recent: tuple = ()            # clean latents of the full chunks of `past`, for when the window slides
+    image: torch.Tensor | None = None   # image-to-video: features (B, I, image_dim) of the picture; none where `read` saw them
+    known: torch.Tensor | None = None   # image-to-video: (B, frames of the video, image_channels, H, W), what is known of it
 
     def __getitem__(self, rows) -> "Context":
         """The same for some samples of the batch."""
-        def pick(pairs):
-            return tuple((k[rows], v[rows]) for k, v in pairs)
+        def pick(layers):
+            return tuple(tuple(m[rows] for m in memory) for memory in layers)
         return replace(self, text=pick(self.text) if isinstance(self.text, tuple) else self.text[rows],
                        past=tuple(replace(chunk, memory=pick(chunk.memory)) for chunk in self.past),
-                       recent=tuple(z[rows] for z in self.recent))
+                       recent=tuple(z[rows] for z in self.recent),
+                       image=None if self.image is None else self.image[rows],
+                       known=None if self.known is None else self.known[rows])
 
 
 class Linear(nn.Linear):
@@ -145,21 +155,28 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, image: bool = False):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.out = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)    # over all heads' channels at once
+        if image:
+            self.k_image, self.v_image, self.norm_k_image = Linear(dim, dim), Linear(dim, dim), RMSNorm(dim)
 
     def memory(self, context, adapter: str = ""):
         """Keys, not rotated, and values of context, all (B, L', D)."""
         return self.norm_k(self.k(context, adapter)), self.v(context, adapter)
 
-    def forward(self, x, k, v, rope=None, spans=None, adapter: str = ""):
+    def image_memory(self, image):
+        """Keys and values of image tokens (B, I, D)."""
+        return self.norm_k_image(self.k_image(image)), self.v_image(image)
+
+    def forward(self, x, k, v, *image, rope=None, spans=None, adapter: str = ""):
         """x (B, L, D) asks, keys and values (B, L', D) answer; rope (L', K / 2) turns all keys and, with its end, the
-        queries. spans: which queries may see which keys, as (start, stop, key ranges); none: all see all."""
-        q, k, v = (m.unflatten(-1, (self.heads, -1)).transpose(1, 2)                         # (B, N, L or L', K)
-                   for m in (self.norm_q(self.q(x, adapter)), k, v))
+        queries. spans: which queries may see which keys, as (start, stop, key ranges); none: all see all.
+        image: keys and values (B, I, D) of image tokens, whose answer, with a softmax of its own, is added."""
+        q, k, v, *image = (m.unflatten(-1, (self.heads, -1)).transpose(1, 2)                 # (B, N, L, L' or I, K)
+                           for m in (self.norm_q(self.q(x, adapter)), k, v, *image))
         if rope is not None:
             q, k = rotate(q, rope[-q.shape[2]:]), rotate(k, rope)
         parts = []
@@ -167,7 +184,9 @@ class Attention(nn.Module):
             seen = ([m[:, :, a:b] for a, b in ranges] for m in (k, v))
             seen = (m[0] if len(m) == 1 else torch.cat(m, 2) for m in seen)
             parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], *seen))
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, 2)                             # (B, N, L,  K)
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 2)                             # (B, N, L, K)
+        if image:
+            x = x + F.scaled_dot_product_attention(q, *image)
         return self.out(x.transpose(1, 2).flatten(2), adapter)                               # (B, L, D)
 
 
@@ -186,36 +205,53 @@ def gelu(x):
     return F.gelu(x, approximate="tanh")
 
 
+class ImageEmbed(nn.Module):
+    """Features of a picture (B, I, image_dim) -> image tokens (B, I, D): norm, MLP, norm. Unlike elsewhere in the network
+    the GELU is exact and the norms have eps 1e-5."""
+
+    def __init__(self, dim_in: int, dim: int):
+        super().__init__()
+        self.norm_in, self.norm_out = nn.LayerNorm(dim_in), nn.LayerNorm(dim)
+        self.mlp = MLP(dim_in, dim_in, dim, F.gelu)
+
+    def forward(self, image):
+        image = layer_norm(image, self.norm_in.weight, self.norm_in.bias, 1e-5).to(self.mlp.up.weight.dtype)
+        image = self.mlp(image)
+        return layer_norm(image, self.norm_out.weight, self.norm_out.bias, 1e-5).type_as(image)
+
+
 class Block(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.self_attn, self.cross_attn = Attention(c.dim, c.heads), Attention(c.dim, c.heads)
+        self.self_attn, self.cross_attn = Attention(c.dim, c.heads), Attention(c.dim, c.heads, image=c.image_dim > 0)
         self.norm_cross = nn.LayerNorm(c.dim, eps=1e-6)          # the only norm of the block with weights of its own
         self.ffn = MLP(c.dim, c.ffn_dim, c.dim, gelu)
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
         self.checkpointing = False                               # keep no activations, compute them again in backward
 
-    def read(self, text):
-        """The prompt's keys and values for cross-attention, from text (B, T, D)."""
-        return self.cross_attn.memory(text)
+    def read(self, text, image=None):
+        """Keys and values for cross-attention: the prompt's, from text (B, T, D), then those of image tokens (B, I, D), if
+        any."""
+        return self.cross_attn.memory(text) + (() if image is None else self.cross_attn.image_memory(image))
 
-    def forward(self, x, modulation, text, rope, spans=None, past=(), adapter: str = ""):
-        """x (B, F, S, D), modulation (B, F or 1, 6, D) in fp32, text (B, T, D) or its keys and values, rope of past and
-        own tokens (L', K / 2), past: keys and values of each chunk before. Returns x, and its own keys and values."""
+    def forward(self, x, modulation, text, image, rope, spans=None, past=(), adapter: str = ""):
+        """x (B, F, S, D), modulation (B, F or 1, 6, D) in fp32, text (B, T, D) with image (B, I, D) or none, or what `read`
+        made of them, rope of past and own tokens (L', K / 2), past: keys and values of each chunk before. Returns x, and
+        its own keys and values."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, modulation, text, rope, spans, past, adapter, use_reentrant=False)
-        return self.compute(x, modulation, text, rope, spans, past, adapter)
+            return checkpoint(self.compute, x, modulation, text, image, rope, spans, past, adapter, use_reentrant=False)
+        return self.compute(x, modulation, text, image, rope, spans, past, adapter)
 
-    def compute(self, x, modulation, text, rope, spans, past, adapter):
+    def compute(self, x, modulation, text, image, rope, spans, past, adapter):
         # Modulation depends on the frame only and broadcasts over its tokens: never expanded to (B, L, 6, D).
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unsqueeze(3).unbind(2)
         size = x.shape[1:3]
         h = (layer_norm(x) * (1 + scale1) + shift1).type_as(x).flatten(1, 2)                 # (B, L, D)
         own = self.self_attn.memory(h, adapter)
         k, v = (torch.cat([*before, now], 1) for *before, now in zip(*past, own)) if past else own
-        x = (x.float() + gate1 * self.self_attn(h, k, v, rope, spans, adapter).unflatten(1, size)).type_as(x)
+        x = (x.float() + gate1 * self.self_attn(h, k, v, rope=rope, spans=spans, adapter=adapter).unflatten(1, size)).type_as(x)
         h = layer_norm(x, self.norm_cross.weight, self.norm_cross.bias).type_as(x).flatten(1, 2)
-        text = text if isinstance(text, tuple) else self.cross_attn.memory(text)
+        text = text if isinstance(text, tuple) else self.read(text, image)
         x = x + self.cross_attn(h, *text).unflatten(1, size)
         h = (layer_norm(x) * (1 + scale2) + shift2).type_as(x)                               # (B, F, S, D)
         return (x.float() + gate2 * self.ffn(h, adapter)).type_as(x), own
@@ -249,14 +285,16 @@ class FlowMapDiT(nn.Module):
         c = self.config = config
         if c.dim % c.heads or c.dim // c.heads % 2 or c.dim // c.heads < 6:
             raise ValueError(f"width {c.dim} over {c.heads} heads: the head width must be a whole, even number >= 6")
-        self.patch_embed = PatchEmbed(c.channels, c.patch, c.dim)
+        self.patch_embed = PatchEmbed(c.channels + c.image_channels, c.patch, c.dim)
         if c.compressed:
-            self.far_patch_embed = PatchEmbed(c.channels, 2 * c.patch, c.dim)
+            self.far_patch_embed = PatchEmbed(c.channels + c.image_channels, 2 * c.patch, c.dim)
         self.time_embed = MLP(c.freq_dim, c.dim, c.dim, F.silu)                     # E
         if c.second_time:
             self.r_embed = MLP(c.freq_dim, c.dim, c.dim, F.silu)                    # E', starts as a copy of E
         self.time_proj = nn.Linear(c.dim, 6 * c.dim)
         self.text_embed = MLP(c.text_dim, c.dim, c.dim, gelu)
+        if c.image_dim:
+            self.image_embed = ImageEmbed(c.image_dim, c.dim)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.head_modulation = nn.Parameter(torch.zeros(1, 2, c.dim))
         self.head = nn.Linear(c.dim, c.patch * c.patch * c.channels)
@@ -287,7 +325,7 @@ class FlowMapDiT(nn.Module):
 
         context: prompt features (B, T, text_dim) alone, or a Context. A chunk of z sees itself and the past chunks that
         end before it begins. Raises ValueError for latents that the patch size does not divide, of another channel
-        count, or of another length than the context's chunks.
+        count, or of another length than the context's chunks, and for a picture that is missing or not wanted.
         """
         c, P = self.config, self.config.patch
         context = context if isinstance(context, Context) else Context(context)
@@ -320,11 +358,19 @@ class FlowMapDiT(nn.Module):
             frame += frames
         return tuple(chunks)
 
-    def read(self, text: torch.Tensor) -> tuple:
-        """Prompt features (B, T, text_dim) -> keys and values of every cross-attention, for a Context that many calls
-        share."""
+    def read(self, text: torch.Tensor, image: torch.Tensor | None = None) -> tuple:
+        """Prompt features (B, T, text_dim) and those of a picture (B, I, image_dim), if the network takes one -> keys and
+        values of every cross-attention, for a Context that many calls share."""
+        text, image = self.embed_words(text, image)
+        return tuple(block.read(text, image) for block in self.blocks)
+
+    def embed_words(self, text, image):
+        """What cross-attention reads: the prompt's tokens (B, T, D), and image tokens (B, I, D) or None."""
+        if (image is None) == (self.config.image_dim > 0):
+            raise ValueError("this network needs the features of a picture: Context.image" if image is None else
+                             "this network takes no features of a picture (Context.image)")
         text = self.text_embed(text.to(self.time_proj.weight.dtype))
-        return tuple(block.read(text) for block in self.blocks)
+        return text, None if image is None else self.image_embed(image)
 
     def embed_times(self, t, r, adapter: str = ""):
         """e (B, F or 1, D), the mixed embedding of both times."""
@@ -344,6 +390,11 @@ class FlowMapDiT(nn.Module):
         chunks = context.chunks or (F_,)
         if sum(chunks) != F_:
             raise ValueError(f"{F_} latent frames, but chunks of {list(chunks)}")
+        known = () if context.known is None else (context.known[:, context.start:context.start + F_].to(z),)
+        shapes = [tuple(m.shape[1:]) for m in known], [(F_, c.image_channels, H, W)] * (c.image_channels > 0)
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"Context.known, what is known of the clip: {shapes[0] or 'nothing'} is there, this network wants "
+                             f"{shapes[1] or 'nothing'}")
         h, w, head_dim = H // c.patch, W // c.patch, c.dim // c.heads
         own = Chunk(context.start, F_, embed.patch // c.patch, ())
         rope = []                                                                   # one table for all of a stride
@@ -352,12 +403,14 @@ class FlowMapDiT(nn.Module):
             rope.append(rotary_angles(frames, h // stride, w // stride, head_dim, stride).flatten(0, 1))
         rope = torch.cat(rope)                                                      # (L', K / 2)
         modulation = self.time_proj(F.silu(e)).unflatten(-1, (6, -1)).float()       # (B, F or 1, 6, D)
-        text = context.text
-        text = [self.text_embed(text.to(e.dtype))] * c.layers if isinstance(text, torch.Tensor) else text
-        x = embed(z, context.adapter)                                               # (B, F, S, D)
+        text, image = context.text, None
+        if isinstance(text, torch.Tensor):
+            text, image = self.embed_words(text, context.image)
+            text = [text] * c.layers
+        x = embed(torch.cat([z, *known], 2) if known else z, context.adapter)       # (B, F, S, D)
         spans, layers = attention_spans(context, chunks, x.shape[2], sees_earlier_own=encoding), []
         for i, block in enumerate(self.blocks):
-            x, memory = block(x, modulation, text[i], rope, spans, tuple(chunk.memory[i] for chunk in context.past),
+            x, memory = block(x, modulation, text[i], image, rope, spans, tuple(chunk.memory[i] for chunk in context.past),
                               context.adapter)
             if encoding:
                 layers.append(memory)

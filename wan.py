@@ -35,6 +35,10 @@ TOP = (
     ("time_proj", "condition_embedder.time_proj", "time_projection.1"),
     ("text_embed.up", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
     ("text_embed.down", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("image_embed.norm_in", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    ("image_embed.mlp.up", "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    ("image_embed.mlp.down", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+    ("image_embed.norm_out", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
     ("head_modulation", "scale_shift_table", "head.modulation"),
     ("head", "proj_out", "head.head"),
 )
@@ -42,12 +46,16 @@ BLOCK = (
     *((f"{attn}.{ours}", f"{theirs}.{to}", f"{attn}.{wan}") for attn, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
       for ours, to, wan in (("q", "to_q", "q"), ("k", "to_k", "k"), ("v", "to_v", "v"), ("out", "to_out.0", "o"),
                             ("norm_q", "norm_q", "norm_q"), ("norm_k", "norm_k", "norm_k"))),
+    ("cross_attn.k_image", "attn2.add_k_proj", "cross_attn.k_img"),
+    ("cross_attn.v_image", "attn2.add_v_proj", "cross_attn.v_img"),
+    ("cross_attn.norm_k_image", "attn2.norm_added_k", "cross_attn.norm_k_img"),
     ("norm_cross", "norm2", "norm3"),
     ("ffn.up", "ffn.net.0.proj", "ffn.0"),
     ("ffn.down", "ffn.net.2", "ffn.2"),
     ("modulation", "scale_shift_table", "modulation"),
 )
 LAYOUTS = ("diffusers", "wan")
+UNUSED = "norm_added_q."          # published image-to-video weights hold it, and no network ever used it
 ENTRIES = ("generator_ema", "ema", "generator", "model", "state_dict")      # of a training checkpoint, the first that is there
 
 
@@ -163,18 +171,21 @@ def load_foreign(path) -> tuple[ModelConfig, Tensors]:
     if layout is None:
         some = ", ".join(sorted(tensors)[:3])
         raise ValueError(f"{path}: neither Diffusers' nor Wan's names ({len(tensors)} tensors: {some} ...)")
+    shapes = {name: size for name, size in shapes.items() if UNUSED not in name}
 
     def shape(ours):
         name = their_name(ours, layout)
         if name not in shapes:
             raise ValueError(f"{path}: tensor {name} is missing")
         return shapes[name]
-    patch, up = shape("patch_embed.weight"), shape("time_embed.up.weight")
+    patch, up, picture = shape("patch_embed.weight"), shape("time_embed.up.weight"), their_name("image_embed.norm_in.weight", layout)
+    channels = shape("head.weight")[0] // patch[-1] ** 2
     has = {flag: bool(their_name(name, layout)) and their_name(name, layout) in tensors
            for flag, name in (("second_time", "r_embed.up.weight"), ("compressed", "far_patch_embed.weight"))}
     blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
     config = ModelConfig(dim=patch[0], heads=record.get("num_attention_heads", record.get("num_heads", patch[0] // 128)),
-                         layers=max(blocks, default=-1) + 1, ffn_dim=shape("blocks.0.ffn.up.weight")[0], channels=patch[1],
+                         layers=max(blocks, default=-1) + 1, ffn_dim=shape("blocks.0.ffn.up.weight")[0], channels=channels,
+                         image_channels=patch[1] - channels, image_dim=shapes.get(picture, [0])[0],
                          patch=patch[-1], text_dim=shape("text_embed.up.weight")[1], freq_dim=up[1],
                          gate=record.get("gate_value", 0.25), **has)
     with torch.device("meta"):

@@ -51,7 +51,8 @@ def theirs(config, **extra):
     kind = (diffusers.AnyFlowFARTransformer3DModel if config.compressed else
             diffusers.AnyFlowTransformer3DModel if config.second_time else diffusers.WanTransformer3DModel)
     net = kind(patch_size=(1, config.patch, config.patch), num_attention_heads=config.heads,
-               attention_head_dim=config.dim // config.heads, in_channels=config.channels, out_channels=config.channels,
+               attention_head_dim=config.dim // config.heads, in_channels=config.channels + config.image_channels,
+               out_channels=config.channels, **({"image_dim": config.image_dim, "added_kv_proj_dim": config.dim} if config.image_dim else {}),
                text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.layers,
                cross_attn_norm=True, **extra)
     net.load_state_dict({their_name(name, "diffusers"): p for name, p in network(config).state_dict().items()})

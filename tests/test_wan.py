@@ -9,13 +9,20 @@ from safetensors.torch import load_file, save_file
 import backward_sim
 import checkpoint
 import wan
+from distributed import generator
 from flowmap import conditioned, euler_sample, time_grid
-from golden import CAUSAL, ROLLOUT, ROLLOUT_SIDES, SMALL, inputs, network
+from golden import CAUSAL, ROLLOUT, ROLLOUT_SIDES, SMALL, inputs, network, theirs
 from model import PRESETS, Context, FlowMapDiT, remember
 
 PLAIN = replace(SMALL, second_time=False)
-WAN_CONFIGS = {"wan-1.3b": dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
-               "wan-14b": dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)}
+IMAGE = replace(PLAIN, image_channels=10, image_dim=28)
+I2V_14B = replace(PRESETS["wan-14b"], image_channels=20, image_dim=1280)
+WAN_CONFIGS = {"wan-1.3b": (PRESETS["wan-1.3b"], dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)),
+               "wan-14b": (PRESETS["wan-14b"], dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)),
+               "wan-5b": (PRESETS["wan-5b"], dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48,
+                                                  out_channels=48)),
+               "wan-14b-i2v": (I2V_14B, dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, in_channels=36,
+                                             out_channels=16, image_dim=1280, added_kv_proj_dim=5120))}
 
 
 def state_of(config) -> dict:
@@ -49,9 +56,9 @@ def heads(tmp_path):
 
 
 @pytest.mark.parametrize("layout", wan.LAYOUTS)
-@pytest.mark.parametrize("wrapped", ["bare", "model.", "generator_ema"])
-def test_both_layouts_load_bare_and_wrapped(heads, layout, wrapped):
-    tensors = renamed(PLAIN, layout)
+@pytest.mark.parametrize("wrapped, config_there", [("bare", PLAIN), ("model.", PLAIN), ("generator_ema", PLAIN), ("bare", IMAGE)])
+def test_both_layouts_load_bare_and_wrapped(heads, layout, wrapped, config_there):
+    tensors = renamed(config_there, layout)
     if wrapped == "generator_ema":
         path = heads / "weights.pt"
         torch.save({"generator": {}, "generator_ema": {f"model.{name}": t for name, t in tensors.items()}, "step": 3}, path)
@@ -59,11 +66,11 @@ def test_both_layouts_load_bare_and_wrapped(heads, layout, wrapped):
         path = heads / "weights.safetensors"
         save_file({wrapped.replace("bare", "") + name: t for name, t in tensors.items()}, path)
     config, state = wan.load(path)
-    assert config == PLAIN
-    same(state, state_of(PLAIN))
+    assert config == config_there
+    same(state, state_of(config_there))
     net = FlowMapDiT(config)
     checkpoint.load_weights(net, state, path)
-    same(net.state_dict(), state_of(PLAIN))
+    same(net.state_dict(), state_of(config_there))
 
 
 def test_shards_with_an_index_load_and_a_missing_one_is_named(heads):
@@ -126,13 +133,72 @@ def test_wrong_files_are_named(heads, case, message):
 def test_every_tensor_of_real_wan_has_its_place(preset):
     """Names and shapes as Diffusers makes them from the published configs: none missing, none left over."""
     diffusers = pytest.importorskip("diffusers", minversion="0.42")
+    config, arguments = WAN_CONFIGS[preset]
     with torch.device("meta"):
-        theirs = diffusers.WanTransformer3DModel(**WAN_CONFIGS[preset], cross_attn_norm=True)
-        ours = FlowMapDiT(replace(PRESETS[preset], second_time=False))
-    expected = {name: p.shape for name, p in theirs.named_parameters()}
+        network_there = diffusers.WanTransformer3DModel(**arguments, text_dim=4096, cross_attn_norm=True)
+        ours = FlowMapDiT(replace(config, second_time=False))
+    expected = {name: p.shape for name, p in network_there.named_parameters()}
     assert {wan.their_name(name, "diffusers"): p.shape for name, p in ours.named_parameters()} == expected
     names = [wan.their_name(name, "wan") for name, _ in ours.named_parameters()]
     assert len(set(names)) == len(names) and all(names)
+
+
+def image_inputs(batch=2):
+    """z, t, r and the Context of an image-to-video network. Diffusers takes the last 512 tokens for the prompt's."""
+    z, t, r, _ = inputs(IMAGE, batch)
+    g = generator("image")
+    known = torch.randn(batch, 3, IMAGE.image_channels, *z.shape[3:], generator=g)
+    return z, t, r, Context(torch.randn(batch, 512, IMAGE.text_dim, generator=g), known=known,
+                            image=torch.randn(batch, 7, IMAGE.image_dim, generator=g))
+
+
+def test_parity_of_the_image_to_video_network():
+    pytest.importorskip("diffusers", minversion="0.42")
+    z, t, r, context = image_inputs()
+    with torch.no_grad():
+        expected = theirs(IMAGE)(torch.cat([z, context.known], 2).transpose(1, 2), 1000 * t, context.text,
+                                 context.image).sample.transpose(1, 2)
+    ours = network(IMAGE)(z, t, r, context)
+    assert (ours - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_the_picture_is_data_of_the_context(heads):
+    """Keys read beforehand, rows of a batch, chunks of a clip and a second time: the same network. Every part matters."""
+    net, (z, t, r, context) = network(IMAGE), image_inputs()
+    u = net(z, t, r, context)
+    read = replace(context, text=net.read(context.text, context.image), image=None)
+    torch.testing.assert_close(net(z, t, r, read), u, rtol=1e-5, atol=1e-5)
+    for c in (context, read):
+        torch.testing.assert_close(net(z[1:], t[1:], r[1:], c[torch.tensor([1])]), u[1:], rtol=1e-4, atol=1e-5)
+    for name in ("text", "image", "known"):
+        assert (net(z, t, r, replace(context, **{name: -getattr(context, name)})) - u).abs().max() > 1e-3
+    # What is known is known by its place in the video: the second frame alone takes the second frame's.
+    alone = net(z[:, 1:2], t, r, replace(context, start=1))
+    torch.testing.assert_close(alone, net(z[:, 1:2], t, r, replace(context, known=context.known[:, 1:2])), rtol=0, atol=1e-4)
+    # As a flow map it is the same at r = t and looks at r elsewhere; the unused tensor of published weights is left out.
+    save_file(renamed(IMAGE, "diffusers") | {"blocks.0.attn2.norm_added_q.weight": torch.ones(48)}, heads / "weights.safetensors")
+    config, state = wan.load(heads, second_time=True)
+    student = FlowMapDiT(config)
+    checkpoint.load_weights(student, state, heads)
+    torch.testing.assert_close(student(z, t, t, context), u, rtol=1e-4, atol=1e-5)
+    assert (student(z, t, r, context) - u).abs().max() > 1e-3
+    student.blocks[0].checkpointing = True
+    student(z, t, r, context).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in student.named_parameters() if "image" in n)
+
+
+def test_a_picture_that_is_missing_or_not_wanted_is_named():
+    net, (z, t, r, context) = network(IMAGE), image_inputs()
+    with pytest.raises(ValueError, match="needs the features of a picture"):
+        net(z, t, r, replace(context, image=None))
+    with pytest.raises(ValueError, match="nothing is there, this network wants .*10"):
+        net(z, t, r, replace(context, known=None))
+    with pytest.raises(ValueError, match="this network wants .*3, 10"):
+        net(z, t, r, replace(context, known=context.known[:, :2]))
+    with pytest.raises(ValueError, match="takes no features of a picture"):
+        network(PLAIN)(z, t, r, replace(context, known=None))
+    with pytest.raises(ValueError, match="wants nothing"):
+        network(PLAIN)(z, t, r, replace(context, image=None))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])

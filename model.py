@@ -231,7 +231,10 @@ class Block(nn.Module):
 
     def read(self, text, image=None):
         """Keys and values for cross-attention: the prompt's, from text (B, T, D), then those of image tokens (B, I, D), if
-        any."""
+        any. For callers: under FSDP it gathers the block's weights and lets go of them, so `compute` cannot use it."""
+        return self.cross_memory(text, image)
+
+    def cross_memory(self, text, image):
         return self.cross_attn.memory(text) + (() if image is None else self.cross_attn.image_memory(image))
 
     def forward(self, x, modulation, text, image, rope, spans=None, past=(), adapter: str = ""):
@@ -251,7 +254,7 @@ class Block(nn.Module):
         k, v = (torch.cat([*before, now], 1) for *before, now in zip(*past, own)) if past else own
         x = (x.float() + gate1 * self.self_attn(h, k, v, rope=rope, spans=spans, adapter=adapter).unflatten(1, size)).type_as(x)
         h = layer_norm(x, self.norm_cross.weight, self.norm_cross.bias).type_as(x).flatten(1, 2)
-        text = text if isinstance(text, tuple) else self.read(text, image)
+        text = text if isinstance(text, tuple) else self.cross_memory(text, image)
         x = x + self.cross_attn(h, *text).unflatten(1, size)
         h = (layer_norm(x) * (1 + scale2) + shift2).type_as(x)                               # (B, F, S, D)
         return (x.float() + gate2 * self.ffn(h, adapter)).type_as(x), own

@@ -36,7 +36,7 @@ import meanflow
 from model import PRESETS, Context, FlowMapDiT, ModelConfig, remember, teacher_forced
 from train import RECIPES, STAGES
 
-SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-14b": (60, 104)}     # latent height and width
+SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52), "wan-14b": (60, 104)}     # of the latents
 GB = 1e9
 
 

@@ -268,17 +268,19 @@ def encode(args, parser) -> None:
     """Clips and captions of a folder -> shards of latents and prompt features, by Wan's own encoders."""
     import distributed
     import wan                                       # above this file: only this command needs it
-    if (args.frames - 1) % 4 or args.height % 16 or args.width % 16:
-        parser.error(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and --width {args.width} multiples of 16")
     files = sorted(file for file in args.videos.iterdir() if file.suffix.lower() in SUFFIXES) if args.videos.is_dir() else []
     captions, problems = read_captions(args.videos, {file.name for file in files}) if files else ({}, [])
     if not files:
         parser.error(f"--videos {args.videos}: no video ({', '.join(SUFFIXES)}) is there")
     part, parts = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     device, dtype = distributed.pick_device(args.device), getattr(torch, args.dtype)
-    writer = ShardWriter(args.out, part, parts, args.clips_per_shard)
-    codec, text = wan.Codec(args.base, device), wan.Text(args.base, device, args.text_length)
-    skipped = 0
+    codec = wan.Codec(args.base, device)
+    sides = 2 * codec.pixels                         # of a token
+    if (args.frames - 1) % codec.stride or args.height % sides or args.width % sides:
+        parser.error(f"--frames {args.frames} must be {codec.stride} n + 1, --height {args.height} and --width {args.width} "
+                     f"multiples of {sides}")
+    text = wan.Text(args.base, device, args.text_length)
+    writer, skipped = ShardWriter(args.out, part, parts, args.clips_per_shard), 0
     for file in tqdm([f for f in files[part::parts] if f.name not in writer.done], desc="encode", disable=part > 0):
         try:
             if not captions.get(file.name):
@@ -318,8 +320,8 @@ def main(argv=None) -> None:
     parser.add_argument("--base", type=Path, help="Wan2.1 pipeline folder: tokenizer, text encoder and autoencoder")
     parser.add_argument("--out", type=Path, help="folder of the shards; the same command again goes on there")
     parser.add_argument("--frames", type=int, default=81, help="pixel frames, 4 n + 1 (default 81)")
-    parser.add_argument("--height", type=int, default=480, help="pixels, a multiple of 16 (default 480)")
-    parser.add_argument("--width", type=int, default=832, help="pixels, a multiple of 16 (default 832)")
+    parser.add_argument("--height", type=int, default=480, help="pixels, a multiple of 16, or of 32 for Wan2.2-TI2V-5B (default 480)")
+    parser.add_argument("--width", type=int, default=832, help="pixels, a multiple of 16, or of 32 for Wan2.2-TI2V-5B (default 832)")
     parser.add_argument("--fps", type=float, default=16, help="frame rate that clips are brought to (default 16)")
     parser.add_argument("--text-length", type=int, default=512, help="tokens of a prompt (default 512)")
     parser.add_argument("--clips-per-shard", type=int, default=64, help="(default 64)")

@@ -3,6 +3,7 @@
     python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4
     python sample.py --causal --prompt "a red circle moving left" --image start.png --frames 32 --stream
 """
+import argparse
 import json
 import os
 import time
@@ -40,13 +41,19 @@ class Pipeline:
     latent_shape: tuple          # (F, C, h, w)
     chunks: tuple                # latent frames of each chunk; one chunk for a bidirectional model
     null_prompt: str = ""        # what stands for no prompt
+    picture: object = None       # wan.Picture, for networks that see the features of their first frame
+    batch: int = 48              # clips made at a time
+    fps: int = 8                 # frames a second of a clip
 
 
-def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int = 480, width: int = 832) -> Pipeline:
+def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int = 480, width: int = 832,
+                  tiling: bool = False, bf16: bool | None = None) -> Pipeline:
     """The pipeline of a finished stage, RUN/STAGE, or of Wan or AnyFlow weights (see wan.load).
 
-    base: Wan2.1 pipeline folder with text encoder and autoencoder, for networks of Wan's latents. frames, height, width: of
-    the clips, in pixels, where the weights come without a run. Raises ValueError for weights that do not fit.
+    base: Wan pipeline folder with text encoder and autoencoder, for networks of Wan's latents. frames, height, width: of
+    the clips, in pixels, where the weights come without a run. tiling: of the autoencoder, see wan.Codec. bf16: of the
+    network's weights and products (None: for Wan's networks on a GPU). Raises ValueError for weights that do not fit each
+    other or the size.
     """
     path = Path(path)
     model_config, state = wan.load(path, base=base)
@@ -54,72 +61,91 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
         record = json.loads((path / "config.json").read_text())
     else:
         own = wan.read_config(path)
-        shape = ((frames - 1) // 4 + 1, model_config.channels, height // 8, width // 8)
-        record = {"config": {"shift": 5.0, "guidance": 5.0, "full_chunks": own.get("full_chunk_limit", 3)}, "latent_shape": shape,
-                  "chunks": own.get("chunk_partition", shape[:1]) if model_config.compressed else shape[:1]}
-    if "vocabulary" not in record and not base:
-        raise ValueError(f"{path} works on Wan's latents: give the folder of Wan's text encoder and autoencoder with --base")
+        record = {"config": {"shift": 5.0, "guidance": 5.0, "full_chunks": own.get("full_chunk_limit", 3)}}
+    if "vocabulary" not in record:
+        if not base:
+            raise ValueError(f"{path} works on Wan's latents: give the folder of Wan's text encoder and autoencoder with --base")
+        codec = wan.Codec(base, device, tiling)
+        if codec.channels != model_config.channels:
+            raise ValueError(f"{path} works on latents of {model_config.channels} channels, but the autoencoder of {base} makes "
+                             f"{codec.channels}: give --base the folder that belongs to the weights")
+    if "latent_shape" not in record:
+        side = codec.pixels * model_config.patch * (2 if model_config.compressed else 1)
+        if height % side or width % side:
+            raise ValueError(f"--height {height} and --width {width} must be multiples of {side} for these weights")
+        shape = ((frames - 1) // codec.stride + 1, model_config.channels, height // codec.pixels, width // codec.pixels)
+        record |= {"latent_shape": shape,
+                   "chunks": own.get("chunk_partition", shape[:1]) if model_config.compressed else shape[:1]}
+    bf16 = "vocabulary" not in record and torch.device(device).type != "cpu" if bf16 is None else bf16
     with torch.device("meta"):
-        network = FlowMapDiT(model_config)
+        network = FlowMapDiT(model_config).to(torch.bfloat16 if bf16 else torch.float32)
     network, shape = network.to_empty(device=device).eval().requires_grad_(False), tuple(record["latent_shape"])
     checkpoint.load_weights(network, state, path)
     if "vocabulary" in record:
         codec = encoders.PatchPCA.from_state(load_file(path / "codec.safetensors"))
         words = encoders.Words(record["vocabulary"], network.config.text_dim, record["text_length"])
         return Pipeline(network, codec, words, record["config"], shape, tuple(record["chunks"]))
-    return Pipeline(network, wan.Codec(base, device), wan.Text(base, device), record["config"], shape, tuple(record["chunks"]),
-                    wan.NEGATIVE_PROMPT)
+    return Pipeline(network, codec, wan.Text(base, device), record["config"], shape, tuple(record["chunks"]),
+                    wan.NEGATIVE_PROMPT, wan.Picture(base, device) if model_config.image_dim else None, 1, codec.fps)
 
 
 @torch.no_grad()
 def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
             sampler: str = "euler", guidance: float = 1.0, chunks=None, given: torch.Tensor | None = None, window: int | None = None,
-            prompt_at: dict[int, str] | None = None):
+            prompt_at: dict[int, str] | None = None, picture: tuple | None = None):
     """Yields the latents (B, F of a chunk, C, h, w) of clips chunk by chunk, one clip for each caption and seed; a
     bidirectional model yields its one chunk.
 
-    chunks: latent frames of each chunk (default: as trained); more than trained make a longer video. given: latents (B, F,
-    C, H, W) of the first frames, whole chunks of them, which are kept as they are (image- and video-to-video). window:
-    how many past chunks are remembered (None: as many as in training, which long videos need; 0: all). prompt_at: another caption for all clips from chunk m on.
-    guidance: classifier-free guidance, for a teacher; 1 for flow maps, which have theirs built in.
-    Raises ValueError for a caption with unknown words, a grid that does not fall from 1 to 0, or a `given` that does not
-    end where a chunk ends.
+    chunks: latent frames of each chunk (default: as trained); more than trained make a longer video. given: latents (B or
+    1, F, C, H, W) of the first frames, whole chunks of them, which are kept as they are (image- and video-to-video); a
+    bidirectional model keeps any number of them but all, at t = r = 0. picture: for a network with image inputs, what
+    `read_picture` makes of its first frame. window: how many past chunks are remembered (None: as many as in training,
+    which long videos need; 0: all). prompt_at: another caption for all clips from chunk m on. guidance: classifier-free
+    guidance, for a teacher; 1 for flow maps, which have theirs built in.
+    Raises ValueError for a caption with unknown words, a grid that does not fall from 1 to 0, a `given` that does not
+    end where a chunk ends, or a picture that is missing or not wanted.
     """
     net, device = pipeline.network, next(pipeline.network.parameters()).device
     flowmap.check_grid(grid)
     if chunks and len(pipeline.chunks) == 1:
         raise ValueError("this model was trained on whole clips (without --causal): it has one length and one chunk")
     window = len(pipeline.chunks) - 1 if window is None else window
-    chunks, given = tuple(chunks or pipeline.chunks), given if given is None else given.to(device)
-    ends, frames = [sum(chunks[: i + 1]) for i in range(len(chunks))], 0 if given is None else given.shape[1]
-    if frames and frames not in ends[:-1]:
+    chunks, frames = tuple(chunks or pipeline.chunks), 0 if given is None else given.shape[1]
+    ends = [sum(chunks[: i + 1]) for i in range(len(chunks))]
+    if frames and frames not in (ends[:-1] if len(chunks) > 1 else range(chunks[0])):
         raise ValueError(f"{frames} given latent frames: must be whole chunks of {list(chunks)}, and not all of them")
+    given, features, known = (m if m is None else m.to(device).expand(len(captions), *m.shape[1:])
+                              for m in (given, *(picture or (None, None))))
     prompts = {0: captions, **{m: [text] * len(captions) for m, text in (prompt_at or {}).items()}}
     # Keys and values of each prompt are made once, and again from the chunk on where it changes.
     texts = {m: pipeline.words(text) for m, text in prompts.items()}
-    null_text = net.read(pipeline.words([pipeline.null_prompt] * len(captions)).to(device)) if guidance != 1 else None
+    null = net.read(pipeline.words([pipeline.null_prompt] * len(captions)).to(device), features) if guidance != 1 else None
     z_1 = distributed.noise((sum(chunks), *pipeline.latent_shape[1:]), "sample", slots=seeds).to(device)
     renoise = distributed.generator("renoise", *seeds)
 
     def with_prompt(contexts):
         """The contexts (conditional, empty prompt) of a chunk; at a new prompt, with its keys."""
         m = ends.index(contexts[0].start) + 1 if contexts[0].start else 0
-        return (replace(contexts[0], text=net.read(texts[m].to(device))), contexts[1]) if m in texts else contexts
+        return (replace(contexts[0], text=net.read(texts[m].to(device), features)), contexts[1]) if m in texts else contexts
 
     def jump(z, contexts):
         start = contexts[0].start
-        if start < frames:
-            return given[:, start:start + z.shape[1]]
+        kept = z[:, :0] if given is None else given[:, start:start + z.shape[1]]
+        if kept.shape[1] == z.shape[1]:
+            return kept
         u = flowmap.conditioned(net, contexts[0])
         if guidance != 1:
             u = flowmap.guided(u, flowmap.conditioned(net, contexts[1]), guidance)
-        return flowmap.euler_sample(u, z, grid) if sampler == "euler" else flowmap.consistency_sample(u, z, grid, renoise)
+        if kept.shape[1]:
+            u = flowmap.first_frames_given(u, kept)
+        z_0 = flowmap.euler_sample(u, z, grid) if sampler == "euler" else flowmap.consistency_sample(u, z, grid, renoise)
+        return torch.cat([kept, z_0[:, kept.shape[1]:]], 1)
 
     def write(contexts, z_0):
         return with_prompt(tuple(remember(net, context, z_0, pipeline.config["full_chunks"], window) if context else None
                                  for context in contexts))
 
-    contexts = with_prompt((Context(None), Context(null_text) if guidance != 1 else None))
+    contexts = with_prompt((Context(None, known=known), Context(null, known=known) if guidance != 1 else None))
     yield from backward_sim.chunk_by_chunk(jump, write, contexts, z_1, chunks)
 
 
@@ -131,18 +157,19 @@ def stream(pipeline: Pipeline, *args, **options):
 
 
 def generate(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
-             sampler: str = "euler", guidance: float = 1.0, batch: int = 48, **options) -> torch.Tensor:
-    """Whole clips (B, T, 3, H, W) in [-1, 1] on the CPU, `batch` at a time; arguments and errors as for `latents`.
+             sampler: str = "euler", guidance: float = 1.0, **options) -> torch.Tensor:
+    """Whole clips (B, T, 3, H, W) in [-1, 1] on the CPU, pipeline.batch at a time; arguments and errors as for `latents`.
 
     A seed decides its clip whatever else is in the batch (with the euler sampler; the consistency sampler's fresh noise
     also depends on the other seeds).
     """
     clips = []
-    for first in range(0, len(captions), batch):
-        rows = slice(first, first + batch)
+    for first in range(0, len(captions), pipeline.batch):
+        rows = slice(first, first + pipeline.batch)
         given = options.get("given")
-        some = options | {"given": None if given is None else given[rows]}
-        clips.append(torch.cat(list(stream(pipeline, captions[rows], seeds[rows], grid, sampler, guidance, **some)), 1))
+        some = options | {"given": given if given is None or len(given) == 1 else given[rows]}
+        z_0 = torch.cat(list(latents(pipeline, captions[rows], seeds[rows], grid, sampler, guidance, **some)), 1)
+        clips.append(pipeline.codec.decode(z_0.cpu()))
     return torch.cat(clips)
 
 
@@ -159,7 +186,7 @@ def contact_sheet(rows: torch.Tensor, gap: int = 2) -> torch.Tensor:
     return cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
-def write_clip(path: Path, video: torch.Tensor, fps: int = 8) -> None:
+def write_clip(path: Path, video: torch.Tensor, fps: int) -> None:
     """Write one clip (T, 3, H, W): .mp4 and .gif play, .png is a row of its frames. Raises ValueError for other names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
@@ -186,22 +213,43 @@ def chunks_for(pipeline: Pipeline, frames: int) -> tuple[int, ...]:
 def given_latents(pipeline: Pipeline, path: Path, is_image: bool, chunks) -> torch.Tensor:
     """Latents (1, F, C, H, W) of the chunks that an image or the start of a video fills; at least one chunk is left.
 
-    An image fills a first chunk of one latent frame. Raises ValueError for what cannot be read or is too short.
+    An image fills a first chunk of one latent frame, or the first latent frame of a bidirectional model. Raises ValueError
+    for what cannot be read or is too short, and for a video where the model makes whole clips.
     """
     length, ends = pipeline.codec.frames, [sum(chunks[: i + 1]) for i in range(len(chunks) - 1)]
-    try:
-        frames = [iio.imread(path)] * length(1) if is_image else list(iio.imiter(path))
-    except data.DECODER_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+    if len(chunks) == 1 and is_image:
+        ends = [1] * (chunks[0] > 1)
+    elif len(chunks) == 1:
+        raise ValueError("--video: this model was trained on whole clips; use one trained with --causal")
+    frames = read_frames(path, is_image) * (length(1) if is_image else 1)
     whole = max((end for end in ends if length(end) <= len(frames)), default=0)
     if not whole:
         raise ValueError(f"{path}: {len(frames)} frames; the first chunk takes {length(chunks[0])}, and one more must be left to "
                          f"generate")
     if length(whole) < len(frames):
         print(f"{path}: {length(whole)} of its {len(frames)} frames are used, {ends.index(whole) + 1} whole chunks")
-    size = [side * pipeline.codec.pixels for side in pipeline.latent_shape[2:]]
-    video = torch.stack([data.fit_frame(frame, *size) for frame in frames[: length(whole)]])
+    video = torch.stack([fit(pipeline, frame) for frame in frames[: length(whole)]])
     return pipeline.codec.encode(video[None].float() / 127.5 - 1)
+
+
+def read_picture(pipeline: Pipeline, path: Path) -> tuple:
+    """What a network with image inputs is told of its first frame: features (1, I, image_dim), or None where it takes none,
+    and what is known of the clip (1, F, image_channels, h, w). Raises ValueError for what cannot be read."""
+    frame = fit(pipeline, read_frames(path, is_image=True)[0])
+    known = pipeline.codec.known(frame[None].float() / 127.5 - 1, pipeline.latent_shape[0])
+    return pipeline.picture(frame) if pipeline.picture else None, known
+
+
+def read_frames(path: Path, is_image: bool) -> list[np.ndarray]:
+    try:
+        return [iio.imread(path)] if is_image else list(iio.imiter(path))
+    except data.DECODER_ERRORS as error:
+        raise ValueError(f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+
+
+def fit(pipeline: Pipeline, frame: np.ndarray) -> torch.Tensor:
+    """A frame at the size of the model's clips, (3, H, W) uint8."""
+    return data.fit_frame(frame, *(side * pipeline.codec.pixels for side in pipeline.latent_shape[2:]))
 
 
 def newest_stage(run: Path) -> Path:
@@ -215,20 +263,22 @@ def newest_stage(run: Path) -> Path:
 def main(argv=None) -> None:
     parser = cli.Parser("Sample clips from a trained run.",
                         'python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4')
-    parser.add_argument("--prompt", action="append", default=[], help="what to show; may be given several times")
+    parser.add_argument("--prompt", action="append", default=[], help="what to show; may be given several times "
+                        "(default none: --prompts)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line, or a .json list of "
-                        "prompts or of VBench's entries with prompt_en")
+                        "prompts or of VBench's entries with prompt_en (default none)")
     parser.add_argument("--run-dir", type=Path, help="the run (default runs/toy-shapes, or runs/toy-shapes-causal)")
-    parser.add_argument("--causal", action="store_true", help="use the causal run runs/toy-shapes-causal")
-    parser.add_argument("--ckpt", type=Path, help="a finished stage RUN/STAGE, or Wan or AnyFlow weights, in place of --run-dir")
-    parser.add_argument("--base", type=Path, help="Wan2.1 pipeline folder: text encoder and autoencoder, for networks of Wan's "
-                        "latents")
+    parser.add_argument("--causal", action="store_true", help="use the causal run runs/toy-shapes-causal (default off)")
+    parser.add_argument("--ckpt", type=Path, help="a finished stage RUN/STAGE, or Wan or AnyFlow weights, in place of --run-dir "
+                        "(default none)")
+    parser.add_argument("--base", type=Path, help="the weights' pipeline folder of Wan2.1 or Wan2.2-TI2V-5B: text encoder, autoencoder "
+                        "and, for Wan2.1-I2V, image encoder (default none, for networks of the toy sets)")
     parser.add_argument("--height", type=int, default=480, help="pixels, for weights without a run (default 480)")
     parser.add_argument("--width", type=int, default=832, help="pixels, for weights without a run (default 832)")
     parser.add_argument("--stage", type=cli.choice(("pretrain", "flowmap", "distill")), metavar="NAME",
                         help="pretrain, flowmap or distill (default: the furthest that is finished)")
     parser.add_argument("--steps", type=int, default=4, help="network calls, any number from 1 up (default 4)")
-    parser.add_argument("--grid", metavar="T,T,...", help="your own times from 1 down to 0, instead of --steps")
+    parser.add_argument("--grid", metavar="T,T,...", help="your own times from 1 down to 0, instead of --steps (default none)")
     parser.add_argument("--shift", type=float, help="timestep shift of the grid (default: the one trained with)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first clip; the next have the next (default 0)")
     parser.add_argument("--count", type=int, default=1, help="clips a prompt (default 1)")
@@ -238,22 +288,31 @@ def main(argv=None) -> None:
                         "it built in; for a teacher the scale that the flow map would be trained with)")
     parser.add_argument("--frames", type=int, help="pixel frames: of a causal model, rounded up to whole chunks, or for "
                         "weights without a run (default: as trained, or 81)")
-    parser.add_argument("--image", type=Path, help="causal: the clip starts from this picture (image-to-video)")
-    parser.add_argument("--video", type=Path, help="causal: the clip goes on from this one's whole chunks (video-to-video)")
+    parser.add_argument("--image", type=Path, help="the clip starts from this picture (image-to-video): by the image inputs of "
+                        "Wan2.1-I2V; else its first chunk is kept or, of a bidirectional model, the first latent frame, for weights "
+                        "that were trained so, as Wan2.2-TI2V-5B (default none)")
+    parser.add_argument("--video", type=Path, help="causal: the clip goes on from this one's whole chunks (video-to-video, "
+                        "default none)")
     parser.add_argument("--prompt-at", nargs=2, action="append", default=[], metavar=("M", "PROMPT"),
-                        help="causal: another prompt from chunk M on, counted from 0; may be given several times")
+                        help="causal: another prompt from chunk M on, counted from 0; may be given several times (default none)")
     parser.add_argument("--window", type=int, help="causal: past chunks that are remembered; 0: all (default: as many as in "
                         "training, which long videos need)")
     parser.add_argument("--stream", action="store_true", help="write each chunk as soon as it is ready; prints the time to "
-                        "the first chunk and the frames a second")
+                        "the first chunk and the frames a second (default off)")
+    parser.add_argument("--tiling", action="store_true", help="Wan's autoencoder works in overlapping tiles of 256 x 256 pixels: "
+                        "less GPU memory, a little slower (default off)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None, help="weights in bf16, --no-bf16: in fp32 "
+                        "(default: bf16 for Wan's networks on a GPU)")
     parser.add_argument("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
                         help="auto, cpu or cuda (default auto)")
     parser.add_argument("--out", type=Path, default=Path("clip.mp4"),
                         help="a .mp4, .gif or .png file; several clips are numbered (default clip.mp4)")
-    parser.add_argument("--vbench", action="store_true", help="name clips PROMPT-0.mp4, PROMPT-1.mp4, ... in the folder --out")
+    parser.add_argument("--vbench", action="store_true", help="name clips PROMPT-0.mp4, PROMPT-1.mp4, ... in the folder --out "
+                        "(default off)")
     parser.add_argument("--save-latents", type=Path, metavar="SHARDS", help="write latents and prompt features as shards to train "
-                        "on, in place of clips; under torchrun every process makes its part, and the same command goes on")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also a picture with a row of frames for each clip")
+                        "on, in place of clips; under torchrun every process makes its part, and the same command goes on "
+                        "(default none)")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also a picture with a row of frames for each clip (default none)")
     args = parser.parse(argv)
 
     captions = list(args.prompt)
@@ -293,7 +352,7 @@ def main(argv=None) -> None:
     stage = args.ckpt or (run_dir / args.stage if args.stage else newest_stage(run_dir))
     world = distributed.start(args.device)
     try:
-        pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height, args.width)
+        pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height, args.width, args.tiling, args.bf16)
         shift = args.shift or pipeline.config["shift"]
         grid = grid or flowmap.time_grid(args.steps, shift)
         guidance = args.guidance or (1.0 if pipeline.network.config.second_time else pipeline.config["guidance"])
@@ -301,40 +360,42 @@ def main(argv=None) -> None:
         seeds = list(range(args.seed, args.seed + len(captions)))
         options = {"window": args.window, "prompt_at": {int(chunk): prompt for chunk, prompt in args.prompt_at}}
         start = args.image or args.video
-        if start and len(pipeline.chunks) == 1:
-            raise ValueError(f"--{'image' if args.image else 'video'}: this model was trained on whole clips; use one trained with --causal")
         if args.frames and args.frames != pipeline.codec.frames(sum(pipeline.chunks)):
             options["chunks"] = chunks_for(pipeline, args.frames)
         count = len(options.get("chunks", pipeline.chunks))
         if late := [m for m in options["prompt_at"] if m >= count]:
             raise ValueError(f"--prompt-at {late[0]}: the clip has {count} chunks, counted from 0; give more --frames")
-        if start:
-            given = given_latents(pipeline, start, bool(args.image), options.get("chunks", pipeline.chunks))
-            options["given"] = given.expand(len(captions), *given.shape[1:])
+        if pipeline.network.config.image_channels:
+            if not args.image:
+                raise ValueError(f"{stage} is an image-to-video network: give its first frame with --image")
+            options["picture"] = read_picture(pipeline, args.image)
+        elif start:
+            options["given"] = given_latents(pipeline, start, bool(args.image), options.get("chunks", pipeline.chunks))
         if args.stream:
-            if len(captions) > 1:
-                parser.error("--stream takes one prompt and one clip")
-            stream_to(args.out, stream(pipeline, captions, seeds, grid, args.sampler, guidance, **options))
+            if len(captions) > 1 or args.tiling:
+                parser.error("--stream takes one prompt and one clip" if len(captions) > 1 else
+                             "--stream and --tiling: give one of them; a stream is not decoded in tiles")
+            stream_to(args.out, stream(pipeline, captions, seeds, grid, args.sampler, guidance, **options), pipeline.fps)
             return
         if args.save_latents:
             save_latents(args.save_latents, pipeline, captions, seeds, grid, args.sampler, guidance, options)
             return
-        if args.vbench:
-            for caption, seed in zip(tqdm(captions, desc="sample"), seeds):
-                path = args.out / f"{caption.replace('/', ' ')[:180]}-{(seed - args.seed) % args.count}.mp4"
-                if not path.exists():                            # made by an earlier run of this command
-                    write_clip(path, generate(pipeline, [caption], [seed], grid, args.sampler, guidance, **options)[0],
-                               pipeline.config.get("fps", 16))
-            return
-        clips = generate(pipeline, captions, seeds, grid, args.sampler, guidance, **options)
+        paths = [args.out / f"{caption.replace('/', ' ')[:180]}-{(seed - args.seed) % args.count}.mp4" if args.vbench else
+                 args.out if len(captions) == 1 else args.out.with_stem(f"{args.out.stem}-{i:03d}")
+                 for i, (caption, seed) in enumerate(zip(captions, seeds))]
+        todo = [i for i, path in enumerate(paths) if not (args.vbench and path.exists())]   # by an earlier run of this command
+        made = []
+        for first in tqdm(range(0, len(todo), pipeline.batch), desc="sample", disable=len(todo) <= pipeline.batch):
+            rows = todo[first:first + pipeline.batch]
+            clips = generate(pipeline, [captions[i] for i in rows], [seeds[i] for i in rows], grid, args.sampler, guidance, **options)
+            for i, clip in zip(rows, clips):
+                write_clip(paths[i], clip, pipeline.fps)
+                tqdm.write(f"{paths[i]}: {captions[i]} (seed {seeds[i]}, {len(grid) - 1} steps, {stage.name})")
+            made += [clips] if args.sheet else []
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-
-    for i, (caption, clip) in enumerate(zip(captions, tqdm(clips, desc="writing", disable=len(clips) < 20))):
-        path = args.out if len(clips) == 1 else args.out.with_stem(f"{args.out.stem}-{i:03d}")
-        write_clip(path, clip)
-        print(f"{path}: {caption} (seed {seeds[i]}, {len(grid) - 1} steps, {stage.name})")
-    if args.sheet:
+    if made:
+        clips = torch.cat(made)
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
         iio.imwrite(args.sheet, to_pixels(contact_sheet(clips), clips.shape[-2] * 4 * len(clips)))
         print(args.sheet)
@@ -365,7 +426,7 @@ def save_latents(folder: Path, pipeline: Pipeline, captions, seeds, grid, sample
     print(f"{folder}: part {part + 1} of {parts}, {len(writer.done)} clips")
 
 
-def stream_to(path: Path, pieces, fps: int = 8) -> None:
+def stream_to(path: Path, pieces, fps: int) -> None:
     """Write chunks (1, T, 3, H, W) into one .mp4 or .gif as they come, and print how fast they came."""
     if path.suffix not in (".mp4", ".gif"):
         raise ValueError(f"{path}: a stream is written to .mp4 or .gif")

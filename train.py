@@ -119,9 +119,11 @@ WAN_CAUSAL = {stage: dict(chunks="1,3,3,3,3,3,3,2") for stage in STAGES}
 # What differs from the defaults above, by preset and stage. Reasons stand in LOG.md where they were measured.
 RECIPES = {
     "wan-1.3b": WAN,
+    "wan-5b": WAN,
     "wan-14b": {stage: recipe | dict(batch_size=16) | (dict(steps=4000) if stage != "distill" else {})
                 for stage, recipe in WAN.items()},
     "wan-1.3b-causal": WAN_CAUSAL,
+    "wan-5b-causal": WAN_CAUSAL,
     "wan-14b-causal": WAN_CAUSAL,
     "toy": {
         "pretrain": dict(steps=6000, batch_size=16, lr=2e-3, lr_end=0.05, ema_start=200),
@@ -369,6 +371,9 @@ def train(c: Config) -> Path:
         state = FlowMapDiT(config).init_weights(distributed.generator(c.seed, "init")).state_dict()
     else:
         config, state = wan.load(origin, second_time=c.stage != "pretrain", compressed=compressed)
+    if config.image_channels:
+        raise ValueError(f"{origin} is an image-to-video network, and --data has no pictures: take text-to-video weights; clips "
+                         f"that it makes can be trained on (sample.py --save-latents)")
     if config.channels != latent_shape[1] or config.text_dim != source.null_text.shape[1]:
         raise ValueError(f"{origin} works on {config.channels} channels and prompts of width {config.text_dim}, but --data "
                          f"{c.data} has {latent_shape[1]} and {source.null_text.shape[1]}")

@@ -110,6 +110,9 @@ def weight_files(path: Path) -> list[Path]:
     path = Path(path)
     if path.is_file():
         return [path]
+    if (path / "transformer_2").is_dir():
+        raise ValueError(f"{path} holds two networks, one for high noise and one for low (Wan2.2-A14B), which must work "
+                         f"together: not supported. One alone is {path / 'transformer'}")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     for index in sorted(folder.glob("*.safetensors.index.json")):
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -213,6 +216,8 @@ def export(stage, to, base=None, copy: bool = False) -> Path:
         (c, state), record = load(stage, base=base), json.loads((stage / "config.json").read_text())
     else:
         (c, state), record = load(stage, second_time=True), {"chunks": [1], "config": {"shift": 5.0}}
+    if c.image_channels:
+        raise ValueError(f"{stage}: Diffusers has no class for a flow map with Wan2.1-I2V's image inputs")
     if c.output_skip or c.time_scale != 1000 or not c.second_time:
         raise ValueError(f"{stage}: Diffusers has no class for it: output_skip {c.output_skip} (must be 0), time_scale "
                          f"{c.time_scale} (1000), second_time {c.second_time} (True: stage flowmap or distill)")
@@ -289,18 +294,34 @@ def extra(name: str):
         raise ModuleNotFoundError(f"Wan's text encoder and autoencoder need {name}: pip install -r requirements-wan.txt") from None
 
 
+def part_of(base, name: str) -> Path:
+    """The folder of a part of a pipeline. Raises ValueError where it is missing: nothing is ever fetched from a hub."""
+    folder = Path(base) / name
+    if not folder.is_dir():
+        raise ValueError(f"{base} has no {name}: give --base the pipeline folder of the weights, in Diffusers' layout")
+    return folder
+
+
 class Codec:
     """Wan's video autoencoder, with the interface of encoders.PatchPCA: videos (B, T, 3, H, W) in [-1, 1] with T = 4 n + 1 to
-    latents (B, n + 1, C, H / 8, W / 8) of mean 0 and variance 1, and back."""
+    latents (B, n + 1, C, H / pixels, W / pixels) of mean 0 and variance 1, and back. Its config says which it is: 16 channels
+    of 8 x 8 pixels (Wan2.1), or 48 of 16 x 16 (Wan2.2-TI2V-5B).
+
+    tiling: encode and decode one clip at a time, in overlapping tiles, for GPUs of little memory.
+    """
 
     def __init__(self, base, device="cpu", tiling: bool = False):
-        self.vae = extra("diffusers").AutoencoderKLWan.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32)
+        self.vae = extra("diffusers").AutoencoderKLWan.from_pretrained(part_of(base, "vae"), torch_dtype=torch.float32)
         self.vae = self.vae.to(device).eval().requires_grad_(False)
         if tiling:
             self.vae.enable_tiling()
-        self.pixels = 8                                          # of a latent, each way
-        self.mean, self.std = (torch.tensor(getattr(self.vae.config, name), device=device).view(1, -1, 1, 1, 1)
-                               for name in ("latents_mean", "latents_std"))
+            self.vae.enable_slicing()
+        c = self.vae.config
+        self.channels, self.pixels = c.z_dim, c.scale_factor_spatial             # pixels of a latent, each way
+        self.stride = c.scale_factor_temporal                                    # pixel frames of a latent one
+        self.fps = 16 if c.z_dim == 16 else 24                                   # that the networks of these latents make
+        self.mean, self.std = (torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+                               for values in (c.latents_mean, c.latents_std))
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         z = self.vae.encode(video.transpose(1, 2).to(self.mean.device)).latent_dist.mode()      # (B, C, F, h, w)
@@ -312,12 +333,22 @@ class Codec:
 
     def frames(self, latents: int) -> int:
         """Pixel frames of so many latent frames: the first is one frame, every other one four."""
-        return 4 * (latents - 1) + 1
+        return self.stride * (latents - 1) + 1
+
+    def known(self, picture: torch.Tensor, latents: int) -> torch.Tensor:
+        """What Wan2.1-I2V is told of a clip of so many latent frames that starts with picture (B, 3, H, W) in [-1, 1]: a mask,
+        1 for each pixel frame that is given, and the latents of the picture with grey after it, (B, F, 4 + C, h, w)."""
+        video = picture.new_zeros(len(picture), self.frames(latents), *picture.shape[1:])
+        video[:, 0] = picture
+        z = self.encode(video)
+        mask = z.new_zeros(*z.shape[:2], self.stride, *z.shape[3:])
+        mask[:, 0] = 1
+        return torch.cat([mask, z], 2)
 
     def decoder(self):
         """A function that decodes the chunks of a video one after the other, which must be done in order. The autoencoder
-        is causal: its cache of features is what decode() uses frame by frame, kept between calls."""
-        vae, first = self.vae, True
+        is causal: its cache of features is what decode() uses frame by frame, kept between calls. Never in tiles."""
+        vae, first, wan_vae = self.vae, True, importlib.import_module("diffusers.models.autoencoders.autoencoder_kl_wan")
         vae.clear_cache()
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
@@ -328,7 +359,10 @@ class Codec:
                 vae._conv_idx = [0]
                 frames.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=first))
                 first = False
-            return torch.cat(frames, 2).transpose(1, 2).clamp(-1, 1).cpu()
+            video = torch.cat(frames, 2)
+            if vae.config.patch_size:                            # Wan2.2-TI2V-5B: squares of pixels are channels inside
+                video = wan_vae.unpatchify(video, vae.config.patch_size)
+            return video.transpose(1, 2).clamp(-1, 1).cpu()
         return decode
 
 
@@ -338,8 +372,8 @@ class Text:
 
     def __init__(self, base, device="cpu", length: int = 512):
         transformers = extra("transformers")
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(Path(base) / "tokenizer")
-        self.encoder = transformers.UMT5EncoderModel.from_pretrained(Path(base) / "text_encoder").eval().requires_grad_(False)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(part_of(base, "tokenizer"))
+        self.encoder = transformers.UMT5EncoderModel.from_pretrained(part_of(base, "text_encoder")).eval().requires_grad_(False)
         self.device, self.length = device, length
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
@@ -353,6 +387,25 @@ class Text:
         if torch.device(self.device).type != "cpu":
             self.encoder.to("cpu")                               # 11 GB that the network needs more
         return (out.float().cpu() * tokens.attention_mask[..., None])
+
+
+class Picture:
+    """Wan2.1-I2V's image encoder: a picture (3, H, W) uint8 -> CLIP's features before its last layer, (1, 257, 1280). The
+    weights rest on the CPU, as those of `Text`. Raises ValueError for a folder without one."""
+
+    def __init__(self, base, device="cpu"):
+        transformers = extra("transformers")
+        self.processor = transformers.CLIPImageProcessor.from_pretrained(part_of(base, "image_processor"))
+        self.encoder = transformers.CLIPVisionModel.from_pretrained(part_of(base, "image_encoder")).eval().requires_grad_(False)
+        self.device = device
+
+    def __call__(self, picture: torch.Tensor) -> torch.Tensor:
+        pixels = self.processor(images=picture.permute(1, 2, 0).numpy(), return_tensors="pt").pixel_values
+        encoder = self.encoder.to(self.device)
+        features = encoder(pixels.to(self.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
+        if torch.device(self.device).type != "cpu":
+            self.encoder.to("cpu")
+        return features.float().cpu()
 
 
 def main(argv=None) -> None:

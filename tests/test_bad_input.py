@@ -177,7 +177,7 @@ CASES = [
     # data
     ("data", ["encode"], "encode", "--videos"),
     ("data", ["encod"], "'encod'", "did you mean encode"),
-    ("data", ["encode", "--videos", "clips", "--base", "good", "--out", "o", "--frames", "80"], "--frames 80", "4 n + 1"),
+    ("data", ["encode", "--videos", "clips", "--base", "good", "--out", "o"], "good has no vae", "--base"),
     ("data", ["encode", "--videos", "gone", "--base", "good", "--out", "o"], "--videos gone", "no video"),
     ("data", ["check", "empty"], "empty", "manifest.json"),
     ("data", ["check", "shards-flipped"], "part-0-of-1", "run the command that made the shards again"),

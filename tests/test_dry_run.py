@@ -211,3 +211,171 @@ def test_a_teacher_makes_the_shards_that_it_is_distilled_on(base, tmp_path, caps
     sample.main([*flags, "--vbench", "--out", str(tmp_path / "vbench")])
     assert sorted(file.name for file in (tmp_path / "vbench").iterdir()) == [
         f"{caption}-{i}.mp4" for caption in sorted(CAPTIONS[:2]) for i in range(2)]
+
+
+# --- image-to-video
+
+IMAGE = torch.randint(256, (32, 64, 3), dtype=torch.uint8, generator=distributed.generator("picture"))
+
+
+def with_parts(base, folder, **parts):
+    """A copy of the pipeline folder with other parts."""
+    for name in ("tokenizer", "text_encoder", "vae"):
+        (folder / name).symlink_to(base / name)
+    for name, part in parts.items():
+        (folder / name).unlink(missing_ok=True)
+        part.save_pretrained(folder / name)
+    return folder
+
+
+def tiny_transformer(**options):
+    import diffusers
+    torch.manual_seed(1)
+    return diffusers.WanTransformer3DModel(**dict(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16, text_dim=20, freq_dim=32,
+        ffn_dim=64, num_layers=2, cross_attn_norm=True) | options)
+
+
+@pytest.fixture(scope="module")
+def base_i2v(base, tmp_path_factory):
+    """As Wan2.1-I2V: a picture is given as CLIP's features and as latents beside those of the clip."""
+    import transformers
+    torch.manual_seed(2)
+    clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=28, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8))
+    return with_parts(base, tmp_path_factory.mktemp("i2v"), image_encoder=clip,
+                      image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16),
+                      transformer=tiny_transformer(in_channels=36, image_dim=28, added_kv_proj_dim=48))
+
+
+@pytest.fixture(scope="module")
+def base_5b(base, tmp_path_factory):
+    """As Wan2.2-TI2V-5B: 48 channels, of 16 x 16 pixels."""
+    import diffusers
+    torch.manual_seed(3)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.1] * 48,
+        latents_std=[1.5] * 48)
+    return with_parts(base, tmp_path_factory.mktemp("5b"), vae=vae, transformer=tiny_transformer(in_channels=48, out_channels=48))
+
+
+@pytest.mark.parametrize("kind, height, width", [("i2v", 32, 64), ("5b", 64, 96)])
+def test_image_to_video_is_that_of_diffusers(request, tmp_path, kind, height, width):
+    """Same latents for the same noise, with guidance; and the command line makes a clip of its size, streamed or not."""
+    import diffusers
+    folder = request.getfixturevalue(f"base_{kind}")
+    picture = tmp_path / "start.png"
+    iio.imwrite(picture, IMAGE.numpy())
+    ours = sample.load_pipeline(folder, base=folder, frames=9, height=height, width=width)
+    assert ours.fps == (24 if kind == "5b" else 16)
+    options = ({"picture": sample.read_picture(ours, picture)} if kind == "i2v" else
+               {"given": sample.given_latents(ours, picture, True, ours.chunks)})
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    image_parts = {"image_encoder": ours.picture.encoder, "image_processor": ours.picture.processor} if kind == "i2v" else {}
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=ours.words.tokenizer, text_encoder=ours.words.encoder, vae=ours.codec.vae, scheduler=scheduler,
+        transformer=diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer"), expand_timesteps=kind == "5b", **image_parts)
+    pipe.set_progress_bar_config(disable=True)
+    z = distributed.noise(ours.latent_shape, "sample", slots=[7])
+    import PIL.Image
+    expected = pipe(PIL.Image.fromarray(sample.fit(ours, IMAGE.numpy()).permute(1, 2, 0).numpy()), CAPTIONS[0], wan.NEGATIVE_PROMPT,
+                    height=height, width=width, num_frames=9, num_inference_steps=4, guidance_scale=3.0, latents=z.transpose(1, 2),
+                    output_type="latent").frames.transpose(1, 2)
+    grid = scheduler.sigmas.tolist()
+    mine = torch.cat(list(sample.latents(ours, [CAPTIONS[0]], [7], grid, guidance=3.0, **options)), 1)
+    assert (mine - expected).abs().max() < 1e-4 * expected.std()
+    plain = {"given": None} if kind == "5b" else {"picture": (options["picture"][0], 0 * options["picture"][1])}
+    other = torch.cat(list(sample.latents(ours, [CAPTIONS[0]], [7], grid, guidance=3.0, **plain)), 1)
+    assert (mine - other).abs().max() > 1e-2 * expected.std()                   # the picture does count
+    flags = ["--ckpt", str(folder), "--base", str(folder), "--frames", "9", "--height", str(height), "--width", str(width), "--steps", "2",
+             "--prompt", CAPTIONS[0], "--image", str(picture), "--out", str(tmp_path / "clip.mp4")]
+    for more in ([], ["--stream"]):
+        sample.main([*flags, *more])
+        assert iio.imread(tmp_path / "clip.mp4").shape == (9, height * -(-128 // height), width * -(-128 // height), 3)[:4]
+
+
+def test_a_given_first_frame_is_kept_and_the_network_sees_it_at_time_0(base_5b):
+    ours = sample.load_pipeline(base_5b, base=base_5b, frames=9, height=64, width=96)
+    given, seen = torch.randn(1, 1, 48, 4, 6, generator=distributed.generator("given")), []
+    hook = ours.network.register_forward_pre_hook(lambda net, args: seen.append(args))
+    captions = CAPTIONS[:2]
+    clips = torch.cat(list(sample.latents(ours, captions, [1, 2], [1.0, 0.5, 0.0], given=given)), 1)
+    hook.remove()
+    assert torch.equal(clips[:, :1], given.expand(2, -1, -1, -1, -1)) and len(seen) == 2
+    for (z, t, r, _), (high, low) in zip(seen, [(1.0, 0.5), (0.5, 0.0)]):
+        assert torch.equal(z[:, :1], given.expand(2, -1, -1, -1, -1))
+        assert t.tolist() == [[0.0, high, high]] * 2 and r.tolist() == [[0.0, low, low]] * 2
+
+
+def test_the_autoencoder_of_wan22_both_ways_streamed_and_in_tiles(base_5b):
+    codec = wan.Codec(base_5b)
+    assert (codec.channels, codec.pixels, codec.stride, codec.fps) == (48, 16, 4, 24)
+    video = torch.rand(1, 9, 3, 64, 96, generator=distributed.generator("video")) * 2 - 1
+    z = codec.encode(video)
+    expected = codec.vae.encode(video.transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+    torch.testing.assert_close(z, (expected - 0.1) / 1.5)
+    whole, decode = codec.decode(z), codec.decoder()
+    assert whole.shape == video.shape
+    torch.testing.assert_close(torch.cat([decode(part) for part in z.split([1, 2], 1)], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_are_those_of_diffusers(base):
+    import diffusers
+    z = torch.randn(2, 2, 16, 40, 40, generator=distributed.generator("tiles"))
+    whole, tiled = (wan.Codec(base, tiling=tiling).decode(z) for tiling in (False, True))
+    vae = diffusers.AutoencoderKLWan.from_pretrained(base / "vae")
+    vae.enable_tiling()
+    c = vae.config
+    mean, std = (torch.tensor(m).view(1, -1, 1, 1, 1) for m in (c.latents_mean, c.latents_std))
+    with torch.no_grad():
+        expected = torch.cat([vae.decode(row[None].transpose(1, 2) * std + mean).sample for row in z]).transpose(1, 2).clamp(-1, 1)
+    torch.testing.assert_close(tiled, expected)
+    assert 1e-4 < (tiled - whole).abs().max() and (tiled - whole).abs().mean() < 0.1
+
+
+def test_bf16_weights_make_nearly_the_same_clip(base):
+    clips = []
+    for bf16 in (None, False, True):
+        ours = sample.load_pipeline(base, base=base, frames=9, height=32, width=64, bf16=bf16)
+        assert next(ours.network.parameters()).dtype == (torch.bfloat16 if bf16 else torch.float32)
+        clips.append(torch.cat(list(sample.latents(ours, [CAPTIONS[0]], [3], flowmap.time_grid(4, 5.0), guidance=5.0)), 1))
+    assert torch.equal(clips[0], clips[1]) and clips[2].dtype == torch.float32
+    assert 0 < (clips[2] - clips[0]).std() < 0.05 * clips[0].std()
+
+
+@pytest.mark.parametrize("weights, parts, flags, message", [
+    ("i2v", "i2v", [], "is an image-to-video network: give its first frame with --image"),
+    ("i2v", "plain", ["--image", "a.png"], "has no image_processor"),
+    ("5b", "plain", [], "works on latents of 48 channels, but the autoencoder of"),
+    ("5b", "5b", ["--height", "48"], "must be multiples of 32"),
+    ("5b", "5b", ["--video", "a.mp4"], "trained on whole clips"),
+    ("plain", "plain", ["--tiling", "--stream"], "give one of them"),
+    ("plain", "gone", [], "has no vae: give --base")])
+def test_pictures_weights_and_autoencoders_that_do_not_fit(base, base_i2v, base_5b, weights, parts, flags, message, capsys, tmp_path,
+                                                           monkeypatch):
+    folder = {"plain": base, "i2v": base_i2v, "5b": base_5b, "gone": tmp_path / "gone"}
+    monkeypatch.chdir(tmp_path)
+    iio.imwrite("a.png", IMAGE.numpy())
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--ckpt", str(folder[weights]), "--base", str(folder[parts]), "--frames", "9", "--height", "64", "--width", "96",
+                     "--steps", "1", "--prompt", CAPTIONS[0], "--out", "c.mp4", *flags])
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "c.mp4").exists()
+
+
+@pytest.mark.parametrize("flags, message", [(["--frames", "80"], "--frames 80 must be 4 n + 1"), (["--height", "48"], "multiples of 32")])
+def test_sizes_that_the_autoencoder_cannot_take(base_5b, videos, tmp_path, flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.main(["encode", "--videos", str(videos), "--base", str(base_5b), "--out", str(tmp_path / "o"), *SIZE, "--height", "64", *flags])
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+def test_what_training_and_export_do_not_do(base_i2v, shards, tmp_path):
+    with pytest.raises(ValueError, match="image-to-video network"):
+        train.train(train.parse_config(["--preset", "wan-1.3b", "--data", str(shards), "--run-dir", str(tmp_path / "run"), "--base",
+                                        str(base_i2v), "--steps", "1"]))
+    with pytest.raises(ValueError, match="no class for a flow map with Wan2.1-I2V"):
+        wan.export(base_i2v, tmp_path / "out", base_i2v)
+    (tmp_path / "a14b" / "transformer_2").mkdir(parents=True)
+    with pytest.raises(ValueError, match="Wan2.2-A14B"):
+        wan.load(tmp_path / "a14b")

@@ -311,7 +311,8 @@ class Codec:
     """
 
     def __init__(self, base, device="cpu", tiling: bool = False):
-        self.vae = extra("diffusers").AutoencoderKLWan.from_pretrained(part_of(base, "vae"), torch_dtype=torch.float32)
+        folder = part_of(base, "vae")
+        self.vae = extra("diffusers").AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
         self.vae = self.vae.to(device).eval().requires_grad_(False)
         if tiling:
             self.vae.enable_tiling()

@@ -5,7 +5,6 @@
 """
 import argparse
 import json
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -352,6 +351,8 @@ def main(argv=None) -> None:
     stage = args.ckpt or (run_dir / args.stage if args.stage else newest_stage(run_dir))
     world = distributed.start(args.device)
     try:
+        if world.size > 1 and (args.stream or args.sheet):
+            raise ValueError(f"--{'stream' if args.stream else 'sheet'} is for one process: leave torchrun out")
         pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height, args.width, args.tiling, args.bf16)
         shift = args.shift or pipeline.config["shift"]
         grid = grid or flowmap.time_grid(args.steps, shift)
@@ -378,14 +379,15 @@ def main(argv=None) -> None:
             stream_to(args.out, stream(pipeline, captions, seeds, grid, args.sampler, guidance, **options), pipeline.fps)
             return
         if args.save_latents:
-            save_latents(args.save_latents, pipeline, captions, seeds, grid, args.sampler, guidance, options)
+            save_latents(args.save_latents, world, pipeline, captions, seeds, grid, args.sampler, guidance, options)
             return
         paths = [args.out / f"{caption.replace('/', ' ')[:180]}-{(seed - args.seed) % args.count}.mp4" if args.vbench else
                  args.out if len(captions) == 1 else args.out.with_stem(f"{args.out.stem}-{i:03d}")
                  for i, (caption, seed) in enumerate(zip(captions, seeds))]
-        todo = [i for i, path in enumerate(paths) if not (args.vbench and path.exists())]   # by an earlier run of this command
+        # Those of this process, less what an earlier run of this command made.
+        todo = [i for i in range(world.rank, len(paths), world.size) if not (args.vbench and paths[i].exists())]
         made = []
-        for first in tqdm(range(0, len(todo), pipeline.batch), desc="sample", disable=len(todo) <= pipeline.batch):
+        for first in tqdm(range(0, len(todo), pipeline.batch), desc="sample", disable=len(todo) <= pipeline.batch or not world.is_main):
             rows = todo[first:first + pipeline.batch]
             clips = generate(pipeline, [captions[i] for i in rows], [seeds[i] for i in rows], grid, args.sampler, guidance, **options)
             for i, clip in zip(rows, clips):
@@ -414,16 +416,15 @@ def read_prompts(path: Path, parser) -> list[str]:
         parser.error(f"--prompts {path}: expected a list of prompts, or of entries with prompt_en ({error})")
 
 
-def save_latents(folder: Path, pipeline: Pipeline, captions, seeds, grid, sampler, guidance, options) -> None:
+def save_latents(folder: Path, world, pipeline: Pipeline, captions, seeds, grid, sampler, guidance, options) -> None:
     """Clips of a teacher as shards (data.ShardWriter): synthetic training data, as the paper uses."""
-    part, parts = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    writer = data.ShardWriter(folder, part, parts)
-    rows = [i for i in range(part, len(captions), parts) if f"{i:07d}" not in writer.done]
-    for i in tqdm(rows, desc="latents", disable=part > 0):
+    writer = data.ShardWriter(folder, world.rank, world.size)
+    rows = [i for i in range(world.rank, len(captions), world.size) if f"{i:07d}" not in writer.done]
+    for i in tqdm(rows, desc="latents", disable=not world.is_main):
         z_0 = torch.cat(list(latents(pipeline, [captions[i]], [seeds[i]], grid, sampler, guidance, **options)), 1)[0]
         writer.add(f"{i:07d}", z_0.bfloat16(), pipeline.words([captions[i]])[0].bfloat16(), captions[i])
     writer.close(pipeline.words([pipeline.null_prompt])[0].bfloat16(), {"steps": len(grid) - 1, "guidance": guidance})
-    print(f"{folder}: part {part + 1} of {parts}, {len(writer.done)} clips")
+    print(f"{folder}: part {world.rank + 1} of {world.size}, {len(writer.done)} clips")
 
 
 def stream_to(path: Path, pieces, fps: int) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import cli
+import encoders
 from toys import SETS, draw, nearest_word
 
 SUFFIXES = (".mp4", ".gif", ".mov", ".webm")
@@ -266,20 +267,19 @@ def read_clip(file: Path, frames: int, height: int, width: int, fps: float) -> t
 
 def encode(args, parser) -> None:
     """Clips and captions of a folder -> shards of latents and prompt features, by Wan's own encoders."""
-    import distributed
-    import wan                                       # above this file: only this command needs it
+    import distributed                               # above this file: only this command needs it
     files = sorted(file for file in args.videos.iterdir() if file.suffix.lower() in SUFFIXES) if args.videos.is_dir() else []
     captions, problems = read_captions(args.videos, {file.name for file in files}) if files else ({}, [])
     if not files:
         parser.error(f"--videos {args.videos}: no video ({', '.join(SUFFIXES)}) is there")
     part, parts = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     device, dtype = distributed.pick_device(args.device), getattr(torch, args.dtype)
-    codec = wan.Codec(args.base, device)
+    codec = encoders.WanCodec(args.base, device)
     sides = 2 * codec.pixels                         # of a token
     if (args.frames - 1) % codec.stride or args.height % sides or args.width % sides:
         parser.error(f"--frames {args.frames} must be {codec.stride} n + 1, --height {args.height} and --width {args.width} "
                      f"multiples of {sides}")
-    text = wan.Text(args.base, device, args.text_length)
+    text = encoders.WanText(args.base, device, args.text_length)
     writer, skipped = ShardWriter(args.out, part, parts, args.clips_per_shard), 0
     for file in tqdm([f for f in files[part::parts] if f.name not in writer.done], desc="encode", disable=part > 0):
         try:
@@ -295,7 +295,7 @@ def encode(args, parser) -> None:
     for problem in problems:
         print(f"skipped {problem}", file=sys.stderr)
     made_by = {name: str(value) for name, value in vars(args).items() if name not in ("what", "shards")}
-    last = writer.close(text([wan.NEGATIVE_PROMPT])[0].to(dtype), made_by)
+    last = writer.close(text([encoders.NEGATIVE_PROMPT])[0].to(dtype), made_by)
     print(f"{args.out}: part {part + 1} of {parts}, {len(writer.done)} clips, {skipped} skipped"
           + ("; the manifest is written" if last and writer.done else ""))
     if not writer.done and parts == 1:

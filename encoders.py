@@ -1,13 +1,17 @@
-"""Small stand-ins for a video autoencoder and a text encoder, so that the toy sets need no download.
+"""Pixels and prompts to what the network works on, and back: Wan's own encoders, and small stand-ins for the toy sets, which
+need no download.
 
 Legend:  B batch   T pixel frames   H, W picture   F, h, w latent frames, height, width   C latent channels
          P values of a pixel patch
 Videos are float32 (B, T, 3, H, W) in [-1, 1], latents (B, F, C, h, w), prompts (B, length, dim).
 """
+import html
+import importlib
 import re
 import zlib
 from difflib import get_close_matches
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -123,3 +127,132 @@ class Encoded:
         """Latents (B, F, C, h, w) and prompt features (B, T, D) of clips that are functions of (seed, index)."""
         video, captions = self.dataset.clips(indices, seed=seed)
         return self.codec.encode(video), self.words(captions)
+
+
+# What Wan was given as the empty prompt: the standard negative one of its authors.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
+    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+
+
+def extra(name: str):
+    """Import an optional package, or say how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"Wan's text encoder and autoencoder need {name}: pip install -r requirements-wan.txt") from None
+
+
+def part_of(base, name: str) -> Path:
+    """The folder of a part of a pipeline. Raises ValueError where it is missing: nothing is ever fetched from a hub."""
+    folder = Path(base) / name
+    if not folder.is_dir():
+        raise ValueError(f"{base} has no {name}: give --base the pipeline folder of the weights, in Diffusers' layout")
+    return folder
+
+
+class WanCodec:
+    """Wan's video autoencoder, with the interface of `PatchPCA`: videos (B, T, 3, H, W) in [-1, 1] with T = 4 n + 1 to
+    latents (B, n + 1, C, H / pixels, W / pixels) of mean 0 and variance 1, and back. Its config says which it is: 16 channels
+    of 8 x 8 pixels (Wan2.1), or 48 of 16 x 16 (Wan2.2-TI2V-5B).
+
+    tiling: encode and decode one clip at a time, in overlapping tiles, for GPUs of little memory.
+    """
+
+    def __init__(self, base, device="cpu", tiling: bool = False):
+        folder = part_of(base, "vae")
+        self.vae = extra("diffusers").AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+        self.vae = self.vae.to(device).eval().requires_grad_(False)
+        if tiling:
+            self.vae.enable_tiling()
+            self.vae.enable_slicing()
+        c = self.vae.config
+        self.channels, self.pixels = c.z_dim, c.scale_factor_spatial             # pixels of a latent, each way
+        self.stride = c.scale_factor_temporal                                    # pixel frames of a latent one
+        self.fps = 16 if c.z_dim == 16 else 24                                   # that the networks of these latents make
+        self.mean, self.std = (torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+                               for values in (c.latents_mean, c.latents_std))
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        z = self.vae.encode(video.transpose(1, 2).to(self.mean.device)).latent_dist.mode()      # (B, C, F, h, w)
+        return ((z - self.mean) / self.std).transpose(1, 2).contiguous()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        z = latents.float().to(self.mean.device).transpose(1, 2) * self.std + self.mean
+        return self.vae.decode(z).sample.transpose(1, 2).clamp(-1, 1).cpu()
+
+    def frames(self, latents: int) -> int:
+        """Pixel frames of so many latent frames: the first is one frame, every other one four."""
+        return self.stride * (latents - 1) + 1
+
+    def known(self, picture: torch.Tensor, latents: int) -> torch.Tensor:
+        """What Wan2.1-I2V is told of a clip of so many latent frames that starts with picture (B, 3, H, W) in [-1, 1]: a mask,
+        1 for each pixel frame that is given, and the latents of the picture with grey after it, (B, F, 4 + C, h, w)."""
+        video = picture.new_zeros(len(picture), self.frames(latents), *picture.shape[1:])
+        video[:, 0] = picture
+        z = self.encode(video)
+        mask = z.new_zeros(*z.shape[:2], self.stride, *z.shape[3:])
+        mask[:, 0] = 1
+        return torch.cat([mask, z], 2)
+
+    def decoder(self):
+        """A function that decodes the chunks of a video one after the other, which must be done in order. The autoencoder
+        is causal: its cache of features is what decode() uses frame by frame, kept between calls. Never in tiles."""
+        vae, first, wan_vae = self.vae, True, importlib.import_module("diffusers.models.autoencoders.autoencoder_kl_wan")
+        vae.clear_cache()
+
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            nonlocal first
+            z = latents.float().to(self.mean.device).transpose(1, 2) * self.std + self.mean
+            frames = []
+            for frame in vae.post_quant_conv(z).split(1, 2):
+                vae._conv_idx = [0]
+                frames.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=first))
+                first = False
+            video = torch.cat(frames, 2)
+            if vae.config.patch_size:                            # Wan2.2-TI2V-5B: squares of pixels are channels inside
+                video = wan_vae.unpatchify(video, vae.config.patch_size)
+            return video.transpose(1, 2).clamp(-1, 1).cpu()
+        return decode
+
+
+class WanText:
+    """Wan's text encoder: prompts -> features (B, length, D), zero after a prompt's last token. The weights rest on the CPU;
+    with `device` a GPU they visit it for each call."""
+
+    def __init__(self, base, device="cpu", length: int = 512):
+        transformers = extra("transformers")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(part_of(base, "tokenizer"))
+        self.encoder = transformers.UMT5EncoderModel.from_pretrained(part_of(base, "text_encoder")).eval().requires_grad_(False)
+        self.device, self.length = device, length
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        ftfy = extra("ftfy")
+        clean = [" ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split()) for caption in captions]
+        tokens = self.tokenizer(clean, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt",
+                                return_attention_mask=True)
+        encoder = self.encoder.to(self.device)
+        with torch.no_grad():
+            out = encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)).last_hidden_state
+        if torch.device(self.device).type != "cpu":
+            self.encoder.to("cpu")                               # 11 GB that the network needs more
+        return (out.float().cpu() * tokens.attention_mask[..., None])
+
+
+class WanPicture:
+    """Wan2.1-I2V's image encoder: a picture (3, H, W) uint8 -> CLIP's features before its last layer, (1, 257, 1280). The
+    weights rest on the CPU, as those of `WanText`. Raises ValueError for a folder without one."""
+
+    def __init__(self, base, device="cpu"):
+        transformers = extra("transformers")
+        self.processor = transformers.CLIPImageProcessor.from_pretrained(part_of(base, "image_processor"))
+        self.encoder = transformers.CLIPVisionModel.from_pretrained(part_of(base, "image_encoder")).eval().requires_grad_(False)
+        self.device = device
+
+    def __call__(self, picture: torch.Tensor) -> torch.Tensor:
+        pixels = self.processor(images=picture.permute(1, 2, 0).numpy(), return_tensors="pt").pixel_values
+        encoder = self.encoder.to(self.device)
+        features = encoder(pixels.to(self.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
+        if torch.device(self.device).type != "cpu":
+            self.encoder.to("cpu")
+        return features.float().cpu()

@@ -34,13 +34,13 @@ SAMPLERS = ("euler", "consistency")
 class Pipeline:
     """What is needed to sample."""
     network: FlowMapDiT
-    codec: object                # encoders.PatchPCA or wan.Codec
-    words: object                # encoders.Words or wan.Text: prompts to features (B, T, D)
+    codec: object                # encoders.PatchPCA or encoders.WanCodec
+    words: object                # encoders.Words or encoders.WanText: prompts to features (B, T, D)
     config: dict                 # of training: shift, guidance, full_chunks, ...
     latent_shape: tuple          # (F, C, h, w)
     chunks: tuple                # latent frames of each chunk; one chunk for a bidirectional model
     null_prompt: str = ""        # what stands for no prompt
-    picture: object = None       # wan.Picture, for networks that see the features of their first frame
+    picture: object = None       # encoders.WanPicture, for networks that see the features of their first frame
     batch: int = 48              # clips made at a time
     fps: int = 8                 # frames a second of a clip
 
@@ -50,7 +50,7 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     """The pipeline of a finished stage, RUN/STAGE, or of Wan or AnyFlow weights (see wan.load).
 
     base: Wan pipeline folder with text encoder and autoencoder, for networks of Wan's latents. frames, height, width: of
-    the clips, in pixels, where the weights come without a run. tiling: of the autoencoder, see wan.Codec. bf16: of the
+    the clips, in pixels, where the weights come without a run. tiling: of the autoencoder, see encoders.WanCodec. bf16: of the
     network's weights and products (None: for Wan's networks on a GPU). Raises ValueError for weights that do not fit each
     other or the size.
     """
@@ -64,7 +64,7 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     if "vocabulary" not in record:
         if not base:
             raise ValueError(f"{path} works on Wan's latents: give the folder of Wan's text encoder and autoencoder with --base")
-        codec = wan.Codec(base, device, tiling)
+        codec = encoders.WanCodec(base, device, tiling)
         if codec.channels != model_config.channels:
             raise ValueError(f"{path} works on latents of {model_config.channels} channels, but the autoencoder of {base} makes "
                              f"{codec.channels}: give --base the folder that belongs to the weights")
@@ -84,8 +84,8 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
         codec = encoders.PatchPCA.from_state(load_file(path / "codec.safetensors"))
         words = encoders.Words(record["vocabulary"], network.config.text_dim, record["text_length"])
         return Pipeline(network, codec, words, record["config"], shape, tuple(record["chunks"]))
-    return Pipeline(network, codec, wan.Text(base, device), record["config"], shape, tuple(record["chunks"]),
-                    wan.NEGATIVE_PROMPT, wan.Picture(base, device) if model_config.image_dim else None, 1, codec.fps)
+    return Pipeline(network, codec, encoders.WanText(base, device), record["config"], shape, tuple(record["chunks"]),
+                    encoders.NEGATIVE_PROMPT, encoders.WanPicture(base, device) if model_config.image_dim else None, 1, codec.fps)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 
 import data
 import distributed
+import encoders
 import flowmap
 import sample
 import train
@@ -74,7 +75,7 @@ def test_shards_hold_what_the_encoders_say(base, videos, shards, capsys):
     found = data.Shards(shards)
     assert len(found) == 3 and found.latent_shape == (3, 16, 4, 8) and found.text_shape == (8, 20)
     latents, text = found.draw(range(3), seed=5)
-    codec, words = wan.Codec(base), wan.Text(base, length=8)
+    codec, words = encoders.WanCodec(base), encoders.WanText(base, length=8)
     rows = [torch.where((text == words([caption])).all(2).all(1))[0].item() for caption in CAPTIONS]
     assert sorted(rows) == [0, 1, 2]
     for row, i in zip(rows, range(3)):
@@ -88,14 +89,14 @@ def test_shards_hold_what_the_encoders_say(base, videos, shards, capsys):
 def test_encoding_goes_on_where_it_was_killed_and_in_parts(base, videos, shards, tmp_path, capsys, monkeypatch):
     flags = ["encode", "--videos", str(videos), "--base", str(base), "--out", str(tmp_path / "out"), *SIZE, "--text-length", "8",
              "--clips-per-shard", "1", "--dtype", "float32"]
-    encode, calls = wan.Codec.encode, []
+    encode, calls = encoders.WanCodec.encode, []
 
     def killed(self, video):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return encode(self, video)
-    monkeypatch.setattr(wan.Codec, "encode", killed)
+    monkeypatch.setattr(encoders.WanCodec, "encode", killed)
     with pytest.raises(KeyboardInterrupt):
         data.main(flags)
     assert not (tmp_path / "out" / "manifest.json").exists() and len(list((tmp_path / "out").glob("part-*.safetensors"))) == 2
@@ -185,7 +186,7 @@ def test_an_adapter_alone_is_loaded_by_diffusers(base, shards, tmp_path):
 
 
 def test_streamed_decoding_is_whole_decoding(base):
-    codec = wan.Codec(base)
+    codec = encoders.WanCodec(base)
     latents = torch.randn(1, 5, 16, 4, 6, generator=distributed.generator("stream"))
     decode = codec.decoder()
     pieces = [decode(part) for part in latents.split([1, 2, 2], 1)]
@@ -279,7 +280,7 @@ def test_image_to_video_is_that_of_diffusers(request, tmp_path, kind, height, wi
     pipe.set_progress_bar_config(disable=True)
     z = distributed.noise(ours.latent_shape, "sample", slots=[7])
     import PIL.Image
-    expected = pipe(PIL.Image.fromarray(sample.fit(ours, IMAGE.numpy()).permute(1, 2, 0).numpy()), CAPTIONS[0], wan.NEGATIVE_PROMPT,
+    expected = pipe(PIL.Image.fromarray(sample.fit(ours, IMAGE.numpy()).permute(1, 2, 0).numpy()), CAPTIONS[0], encoders.NEGATIVE_PROMPT,
                     height=height, width=width, num_frames=9, num_inference_steps=4, guidance_scale=3.0, latents=z.transpose(1, 2),
                     output_type="latent").frames.transpose(1, 2)
     grid = scheduler.sigmas.tolist()
@@ -309,7 +310,7 @@ def test_a_given_first_frame_is_kept_and_the_network_sees_it_at_time_0(base_5b):
 
 
 def test_the_autoencoder_of_wan22_both_ways_streamed_and_in_tiles(base_5b):
-    codec = wan.Codec(base_5b)
+    codec = encoders.WanCodec(base_5b)
     assert (codec.channels, codec.pixels, codec.stride, codec.fps) == (48, 16, 4, 24)
     video = torch.rand(1, 9, 3, 64, 96, generator=distributed.generator("video")) * 2 - 1
     z = codec.encode(video)
@@ -323,7 +324,7 @@ def test_the_autoencoder_of_wan22_both_ways_streamed_and_in_tiles(base_5b):
 def test_tiles_are_those_of_diffusers(base):
     import diffusers
     z = torch.randn(2, 2, 16, 40, 40, generator=distributed.generator("tiles"))
-    whole, tiled = (wan.Codec(base, tiling=tiling).decode(z) for tiling in (False, True))
+    whole, tiled = (encoders.WanCodec(base, tiling=tiling).decode(z) for tiling in (False, True))
     vae = diffusers.AutoencoderKLWan.from_pretrained(base / "vae")
     vae.enable_tiling()
     c = vae.config

@@ -9,7 +9,7 @@ of the released recipe (METHOD section 8); the compressed patch embedding is sma
 Legend:  D_in, D_out widths of a Linear   R rank
 """
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch

@@ -1,6 +1,5 @@
 """data.py, toys.py: clips are pure functions of (seed, index), can be read back, and survive the two stand-in encoders."""
 import json
-from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np

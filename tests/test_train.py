@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
-import cli
 import distributed
 import sample
 import train

@@ -1,10 +1,10 @@
 """Weights in the public layouts, in and out, on tiny random models; and the real sizes on the meta device."""
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import backward_sim
 import checkpoint

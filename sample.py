@@ -186,17 +186,20 @@ def contact_sheet(rows: torch.Tensor, gap: int = 2) -> torch.Tensor:
 
 
 def write_clip(path: Path, video: torch.Tensor, fps: int) -> None:
-    """Write one clip (T, 3, H, W): .mp4 and .gif play, .png is a row of its frames. Raises ValueError for other names."""
+    """Write one clip (T, 3, H, W), aside and then renamed: .mp4 and .gif play, .png is a row of its frames. Raises ValueError
+    for other names."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_stem(f"{path.stem}.partial")
     if path.suffix == ".png":
-        iio.imwrite(path, to_pixels(contact_sheet(video[None]), video.shape[-2] * 4))
+        iio.imwrite(aside, to_pixels(contact_sheet(video[None]), video.shape[-2] * 4))
     elif path.suffix == ".gif":
-        iio.imwrite(path, to_pixels(video), duration=1000 / fps, loop=0)
+        iio.imwrite(aside, to_pixels(video), duration=1000 / fps, loop=0)
     elif path.suffix == ".mp4":
-        iio.imwrite(path, to_pixels(video), fps=fps, codec="libx264", macro_block_size=2,
+        iio.imwrite(aside, to_pixels(video), fps=fps, codec="libx264", macro_block_size=2,
                     output_params=["-crf", "12", "-loglevel", "error"])
     else:
         raise ValueError(f"{path}: the name must end in .mp4, .gif or .png")
+    aside.replace(path)
 
 
 def chunks_for(pipeline: Pipeline, frames: int) -> tuple[int, ...]:

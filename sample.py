@@ -46,13 +46,14 @@ class Pipeline:
 
 
 def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int = 480, width: int = 832,
-                  tiling: bool = False, bf16: bool | None = None) -> Pipeline:
+                  tiling: bool = False, bf16: bool | None = None, chunks=None) -> Pipeline:
     """The pipeline of a finished stage, RUN/STAGE, or of Wan or AnyFlow weights (see wan.load).
 
     base: Wan pipeline folder with text encoder and autoencoder, for networks of Wan's latents. frames, height, width: of
-    the clips, in pixels, where the weights come without a run. tiling: of the autoencoder, see encoders.WanCodec. bf16: of the
-    network's weights and products (None: for Wan's networks on a GPU). Raises ValueError for weights that do not fit each
-    other or the size.
+    the clips, in pixels, where the weights come without a run. chunks: latent frames of each chunk, in place of `frames`, for
+    causal weights whose file does not say so (Self-Forcing, Krea); they see every past chunk in full. tiling: of the
+    autoencoder, see encoders.WanCodec. bf16: of the network's weights and products (None: for Wan's networks on a GPU).
+    Raises ValueError for weights that do not fit each other, the size or the chunks.
     """
     path = Path(path)
     model_config, state = wan.load(path, base=base)
@@ -60,7 +61,7 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
         record = json.loads((path / "config.json").read_text())
     else:
         own = wan.read_config(path)
-        record = {"config": {"shift": 5.0, "guidance": 5.0, "full_chunks": own.get("full_chunk_limit", 3)}}
+        record = {"config": {"shift": 5.0, "guidance": 5.0, "full_chunks": own.get("full_chunk_limit", 3) * model_config.compressed}}
     if "vocabulary" not in record:
         if not base:
             raise ValueError(f"{path} works on Wan's latents: give the folder of Wan's text encoder and autoencoder with --base")
@@ -72,9 +73,11 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
         side = codec.pixels * model_config.patch * (2 if model_config.compressed else 1)
         if height % side or width % side:
             raise ValueError(f"--height {height} and --width {width} must be multiples of {side} for these weights")
-        shape = ((frames - 1) // codec.stride + 1, model_config.channels, height // codec.pixels, width // codec.pixels)
-        record |= {"latent_shape": shape,
-                   "chunks": own.get("chunk_partition", shape[:1]) if model_config.compressed else shape[:1]}
+        length = sum(chunks) if chunks else (frames - 1) // codec.stride + 1
+        record |= {"latent_shape": (length, model_config.channels, height // codec.pixels, width // codec.pixels),
+                   "chunks": chunks or (own.get("chunk_partition", [length]) if model_config.compressed else [length])}
+    elif chunks:
+        raise ValueError(f"--chunks: {path} was trained with chunks of {record['chunks']}; ask for another length with --frames")
     bf16 = "vocabulary" not in record and torch.device(device).type != "cpu" if bf16 is None else bf16
     with torch.device("meta"):
         network = FlowMapDiT(model_config).to(torch.bfloat16 if bf16 else torch.float32)
@@ -286,10 +289,13 @@ def main(argv=None) -> None:
     parser.add_argument("--count", type=int, default=1, help="clips a prompt (default 1)")
     parser.add_argument("--sampler", type=cli.choice(SAMPLERS), default="euler", metavar="NAME",
                         help="euler follows the flow map; consistency re-noises at each step (default euler)")
-    parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none (default: 1 for a flow map, which has "
-                        "it built in; for a teacher the scale that the flow map would be trained with)")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none (default: 1 for a flow map and with the "
+                        "consistency sampler, whose networks have it built in; for a teacher the scale that the flow map would be "
+                        "trained with)")
     parser.add_argument("--frames", type=int, help="pixel frames: of a causal model, rounded up to whole chunks, or for "
                         "weights without a run (default: as trained, or 81)")
+    parser.add_argument("--chunks", type=cli.positive_ints, metavar="N,N,...", help="latent frames of each chunk, for causal weights "
+                        "whose file does not say so: 3,3,3,3,3,3,3 for Self-Forcing and Krea (default none)")
     parser.add_argument("--image", type=Path, help="the clip starts from this picture (image-to-video): by the image inputs of "
                         "Wan2.1-I2V; else its first chunk is kept or, of a bidirectional model, the first latent frame, for weights "
                         "that were trained so, as Wan2.2-TI2V-5B (default none)")
@@ -356,10 +362,12 @@ def main(argv=None) -> None:
     try:
         if world.size > 1 and (args.stream or args.sheet):
             raise ValueError(f"--{'stream' if args.stream else 'sheet'} is for one process: leave torchrun out")
-        pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height, args.width, args.tiling, args.bf16)
+        pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height, args.width, args.tiling, args.bf16,
+                                 args.chunks)
         shift = args.shift or pipeline.config["shift"]
         grid = grid or flowmap.time_grid(args.steps, shift)
-        guidance = args.guidance or (1.0 if pipeline.network.config.second_time else pipeline.config["guidance"])
+        built_in = pipeline.network.config.second_time or args.sampler == "consistency"
+        guidance = args.guidance or (1.0 if built_in else pipeline.config["guidance"])
         captions = [caption for caption in captions for _ in range(args.count)]
         seeds = list(range(args.seed, args.seed + len(captions)))
         options = {"window": args.window, "prompt_at": {int(chunk): prompt for chunk, prompt in args.prompt_at}}

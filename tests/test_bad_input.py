@@ -174,6 +174,7 @@ CASES = [
     ("sample", [*CAUSAL, *PROMPT, "--window", "-1"], "--window -1", "at least 0"),
     ("sample", [*CAUSAL, *PROMPT, *PROMPT, "--stream"], "--stream", "one prompt"),
     ("sample", [*CAUSAL, *PROMPT, "--stream", "--out", "clip.png"], "clip.png", ".mp4 or .gif"),
+    ("sample", [*CAUSAL, *PROMPT, "--chunks", "2,2"], "--chunks: causal/distill was trained with chunks of [1, 1, 1, 1]", "--frames"),
     # data
     ("data", ["encode"], "encode", "--videos"),
     ("data", ["encod"], "'encod'", "did you mean encode"),

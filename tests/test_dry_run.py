@@ -13,6 +13,7 @@ import flowmap
 import sample
 import train
 import wan
+from model import FlowMapDiT, teacher_forced
 
 pytest.importorskip("diffusers", minversion="0.42")
 pytest.importorskip("transformers")
@@ -212,6 +213,35 @@ def test_a_teacher_makes_the_shards_that_it_is_distilled_on(base, tmp_path, caps
     sample.main([*flags, "--vbench", "--out", str(tmp_path / "vbench")])
     assert sorted(file.name for file in (tmp_path / "vbench").iterdir()) == [
         f"{caption}-{i}.mp4" for caption in sorted(CAPTIONS[:2]) for i in range(2)]
+
+
+def test_causal_weights_of_others_are_sampled_chunk_by_chunk(base, tmp_path, monkeypatch):
+    """As Self-Forcing's: Wan's own layout in a training checkpoint, every past chunk in full, the consistency sampler; against
+    the network asked about the whole clip at once."""
+    _, state = wan.load(base)
+    torch.save({"generator_ema": {f"model.{wan.their_name(name, 'wan')}": state[name] for name in state}}, tmp_path / "weights.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2}))
+    chunks, grid = (1, 2, 2), flowmap.time_grid(3, 5.0)
+    ours = sample.load_pipeline(tmp_path / "weights.pt", base=base, height=32, width=64, chunks=chunks)
+    assert ours.chunks == chunks and ours.latent_shape == (5, 16, 4, 8) and ours.config["full_chunks"] == 0
+    mine = torch.cat(list(sample.latents(ours, [CAPTIONS[0]], [7], grid, "consistency")), 1)
+    clip, renoise = distributed.noise(ours.latent_shape, "sample", slots=[7]), distributed.generator("renoise", 7)
+    text, stop = ours.words([CAPTIONS[0]]), 0
+    for i, frames in enumerate(chunks):
+        start, stop = stop, stop + frames
+        whole = teacher_forced(ours.network, clip[:, :stop], text, chunks[:i + 1], 0)
+        def u(z, t, r):
+            return ours.network(torch.cat([clip[:, :start], z], 1), t, r, whole)[:, start:]
+        clip[:, start:stop] = flowmap.consistency_sample(u, clip[:, start:stop], grid, renoise)
+    assert (mine - clip).abs().max() < 1e-4 * clip.std()
+    flags = ["--base", str(base), "--height", "32", "--width", "64", "--steps", "2", "--prompt", CAPTIONS[0],
+             "--sampler", "consistency", "--out", str(tmp_path / "clip.mp4"), "--ckpt"]
+    calls = []
+    monkeypatch.setattr(FlowMapDiT, "forward", lambda *args, forward=FlowMapDiT.forward: calls.append(1) or forward(*args))
+    for more, length, expected in (([], 17, 6), (["--frames", "25"], 25, 8)):
+        calls.clear()
+        sample.main([*flags, str(tmp_path / "weights.pt"), "--chunks", "1,2,2", *more])
+        assert iio.imread(tmp_path / "clip.mp4").shape[0] == length and len(calls) == expected        # none for guidance
 
 
 # --- image-to-video

@@ -27,16 +27,17 @@ def flow_map_simulation(u, z_1: torch.Tensor, grid, step: int) -> torch.Tensor:
     return z
 
 
-def consistency_simulation(u, z_1: torch.Tensor, grid, generator: torch.Generator) -> torch.Tensor:
-    """The baseline: N calls of the consistency sampler (jump to z_0, re-noise), gradient through the last one only."""
+def consistency_simulation(u, z_1: torch.Tensor, grid, renoise) -> torch.Tensor:
+    """The baseline: N calls of the consistency sampler (jump to z_0, re-noise), gradient through the last one only.
+    renoise: as for flowmap.consistency_sample."""
     check_grid(grid)
     z = z_1
     if len(grid) > 2:
         with torch.no_grad():
             # The sampler over all but the last level ends on a clean sample, which is noised to that level once more.
-            z = consistency_sample(u, z, [*grid[:-2], 0.0], generator)
+            z = consistency_sample(u, z, [*grid[:-2], 0.0], renoise)
             t = torch.full((len(z),), grid[-2], device=z.device)
-            z = interpolate(z, torch.randn(z.shape, generator=generator).to(z), t)
+            z = interpolate(z, renoise(z.shape[1:]).to(z), t)
     t = torch.full((len(z),), grid[-2], device=z.device)
     return flow_map(u, z, t, torch.zeros_like(t))
 

@@ -187,11 +187,23 @@ class Shards:
 
 class ShardWriter:
     """Writes one part (of `parts`, one a process) of a folder of shards. `done` names the clips that are already there, so
-    that the same command goes on after a kill. A shard appears whole or not at all."""
+    that the same command goes on after a kill. A shard appears whole or not at all.
 
-    def __init__(self, folder, part: int = 0, parts: int = 1, clips_per_shard: int = 64):
+    made_by: what the clips depend on, as JSON. Raises ValueError for a folder that was begun with other settings, or by
+    another number of processes.
+    """
+
+    def __init__(self, folder, made_by: dict, part: int = 0, parts: int = 1, clips_per_shard: int = 64):
         self.folder, self.part, self.parts, self.size = Path(folder), part, parts, clips_per_shard
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.made_by = json.loads(json.dumps(made_by | {"processes": parts}))
+        if (begun := self.folder / "made_by.json").exists():
+            before = json.loads(begun.read_text())
+            for name in self.made_by:
+                if before.get(name) != self.made_by[name]:
+                    raise ValueError(f"{folder} was begun with {name} = {before.get(name)}, not {self.made_by[name]}: go on with "
+                                     f"the same settings, or give another folder")
+        write_text(begun, json.dumps(self.made_by, indent=1))
         self.rows, self.done, self.shards = [], set(), []
         for file in sorted(self.folder.glob(f"part-{part}-of-{parts}-*.safetensors")):
             try:
@@ -221,7 +233,7 @@ class ShardWriter:
         self.shards.append((file, len(keys)))
         self.rows = []
 
-    def close(self, null_text: torch.Tensor, made_by: dict) -> bool:
+    def close(self, null_text: torch.Tensor) -> bool:
         """End this part; the last part to end writes the manifest. True if that was this one."""
         self.flush()
         rows = [{"name": file.name, "clips": count, "bytes": file.stat().st_size, "sha256": checksum(file)}
@@ -238,7 +250,7 @@ class ShardWriter:
                 shapes = {f"{kind}_shape": file.get_slice(name).get_shape()[1:] for kind, name in
                           (("latent", "latents"), ("text", "text"))}
             write_text(self.folder / "manifest.json", json.dumps(
-                {"clips": sum(row["clips"] for row in shards), **shapes, "made_by": made_by, "shards": shards}, indent=1))
+                {"clips": sum(row["clips"] for row in shards), **shapes, "made_by": self.made_by, "shards": shards}, indent=1))
         return True
 
 
@@ -280,12 +292,15 @@ def encode(args, parser) -> None:
         parser.error(f"--frames {args.frames} must be {codec.stride} n + 1, --height {args.height} and --width {args.width} "
                      f"multiples of {sides}")
     text = encoders.WanText(args.base, device, args.text_length)
-    writer, skipped = ShardWriter(args.out, part, parts, args.clips_per_shard), 0
+    fps = args.fps or codec.fps
+    made_by = {"base": args.base.resolve().name, "fps": fps} | {name: getattr(args, name) for name in (
+        "frames", "height", "width", "text_length", "dtype")}
+    writer, skipped = ShardWriter(args.out, made_by, part, parts, args.clips_per_shard), 0
     for file in tqdm([f for f in files[part::parts] if f.name not in writer.done], desc="encode", disable=part > 0):
         try:
             if not captions.get(file.name):
                 raise ValueError("no caption")
-            video = read_clip(file, args.frames, args.height, args.width, args.fps)
+            video = read_clip(file, args.frames, args.height, args.width, fps)
         except DECODER_ERRORS as error:
             problems.append(f"{file.name}: {(str(error) or type(error).__name__).splitlines()[0]}")
             skipped += 1
@@ -294,8 +309,7 @@ def encode(args, parser) -> None:
         writer.add(file.name, latents.to(dtype), text([captions[file.name]])[0].to(dtype), captions[file.name])
     for problem in problems:
         print(f"skipped {problem}", file=sys.stderr)
-    made_by = {name: str(value) for name, value in vars(args).items() if name not in ("what", "shards")}
-    last = writer.close(text([encoders.NEGATIVE_PROMPT])[0].to(dtype), made_by)
+    last = writer.close(text([encoders.NEGATIVE_PROMPT])[0].to(dtype))
     print(f"{args.out}: part {part + 1} of {parts}, {len(writer.done)} clips, {skipped} skipped"
           + ("; the manifest is written" if last and writer.done else ""))
     if not writer.done and parts == 1:
@@ -322,7 +336,8 @@ def main(argv=None) -> None:
     parser.add_argument("--frames", type=int, default=81, help="pixel frames, 4 n + 1 (default 81)")
     parser.add_argument("--height", type=int, default=480, help="pixels, a multiple of 16, or of 32 for Wan2.2-TI2V-5B (default 480)")
     parser.add_argument("--width", type=int, default=832, help="pixels, a multiple of 16, or of 32 for Wan2.2-TI2V-5B (default 832)")
-    parser.add_argument("--fps", type=float, default=16, help="frame rate that clips are brought to (default 16)")
+    parser.add_argument("--fps", type=float, help="frame rate that clips are brought to (default: the network's, 16, or 24 for "
+                        "Wan2.2-TI2V-5B)")
     parser.add_argument("--text-length", type=int, default=512, help="tokens of a prompt (default 512)")
     parser.add_argument("--clips-per-shard", type=int, default=64, help="(default 64)")
     parser.add_argument("--dtype", type=cli.choice(("bfloat16", "float16", "float32")), default="bfloat16", metavar="NAME",

@@ -77,7 +77,8 @@ def shard(network: torch.nn.Module, world: World, bf16: bool, over: str = "all")
     for block in network.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(block, "read")
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+    # Sharded again after every forward: a last call without gradient would else leave whole weights for a checkpoint to save.
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for method in ("encode", "read"):                            # these, too, gather the weights before they run
         register_fsdp_forward_method(network, method)
     return network
@@ -154,4 +155,10 @@ def slots(world: World, micro_batch: int, micro_step: int) -> torch.Tensor:
 
 def noise(shape, *keys, slots) -> torch.Tensor:
     """Standard normal noise (len(slots), *shape), each sample from its own generator (*keys, slot)."""
-    return torch.stack([torch.randn(shape, generator=generator(*keys, int(slot))) for slot in slots])
+    return noise_stream(*keys, slots=slots)(shape)
+
+
+def noise_stream(*keys, slots):
+    """A function that draws the next noise (len(slots), *shape) at each call, for samplers that need it again and again."""
+    generators = [generator(*keys, int(slot)) for slot in slots]
+    return lambda shape: torch.stack([torch.randn(shape, generator=g) for g in generators])

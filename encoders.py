@@ -223,7 +223,10 @@ class WanText:
     def __init__(self, base, device="cpu", length: int = 512):
         transformers = extra("transformers")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(part_of(base, "tokenizer"))
-        self.encoder = transformers.UMT5EncoderModel.from_pretrained(part_of(base, "text_encoder")).eval().requires_grad_(False)
+        # bf16 on a GPU, as the network: 11 GB in place of 23.
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        self.encoder = transformers.UMT5EncoderModel.from_pretrained(part_of(base, "text_encoder"), dtype=dtype)
+        self.encoder.eval().requires_grad_(False)
         self.device, self.length = device, length
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
@@ -235,7 +238,7 @@ class WanText:
         with torch.no_grad():
             out = encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)).last_hidden_state
         if torch.device(self.device).type != "cpu":
-            self.encoder.to("cpu")                               # 11 GB that the network needs more
+            self.encoder.to("cpu")                               # the network needs the room more
         return (out.float().cpu() * tokens.attention_mask[..., None])
 
 

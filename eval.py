@@ -28,7 +28,8 @@ import cli
 import data
 import distributed
 import flowmap
-from sample import SAMPLERS, contact_sheet, generate, load_pipeline, to_pixels
+from pipeline import SAMPLERS, generate, load_pipeline
+from sample import contact_sheet, to_pixels
 
 HELD_OUT = 1_000_000         # clip seeds from here on are never used in training
 TEACHER_STEPS = 50

@@ -62,7 +62,7 @@ def time_grid(steps: int, shift: float) -> list[float]:
     """The sampling grid 1 = t_0 > ... > t_steps = 0: sigma(linspace(1, 0, steps + 1))."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    return [shift_time(1 - i / steps, shift) for i in range(steps + 1)]
+    return [1.0, *(shift_time(1 - i / steps, shift) for i in range(1, steps)), 0.0]
 
 
 def check_grid(grid) -> None:
@@ -99,18 +99,17 @@ def first_frames_given(u, given: torch.Tensor):
     return u_of_the_rest
 
 
-def consistency_sample(u, z: torch.Tensor, grid, generator: torch.Generator) -> torch.Tensor:
+def consistency_sample(u, z: torch.Tensor, grid, renoise) -> torch.Tensor:
     """The consistency sampler, for contrast: jump to z_0 (r = 0), add fresh noise up to the next level, repeat.
 
-    The noise is drawn from `generator` (on the CPU). Each re-noising forgets detail, so more steps may look worse.
+    renoise(shape of a sample) draws noise for the batch. Each re-noising forgets detail, so more steps may look worse.
     """
     check_grid(grid)
     for t, r in zip(grid, grid[1:]):
         t = torch.full((len(z),), t, device=z.device)
         z = flow_map(u, z, t, torch.zeros_like(t))
         if r > 0:
-            noise = torch.randn(z.shape, generator=generator).to(z)
-            z = interpolate(z, noise, torch.full_like(t, r))
+            z = interpolate(z, renoise(z.shape[1:]).to(z), torch.full_like(t, r))
     return z
 
 

@@ -87,14 +87,14 @@ def fresh_adapter(adapter: Adapted, base: Mapping, generator_of) -> dict:
 
 
 def merged(base: Mapping, adapter: Mapping, scale: float) -> dict:
-    """What makes each tensor of a network without adapters that equals `base` with the adapter: W + scale up down, in W's
-    type. scale is alpha / rank; with -alpha / rank it takes out again what was merged."""
+    """What makes each tensor of a network without adapters that equals `base` with the adapter: W + scale up down, in fp32,
+    because a bf16 W lies on a grid that is coarser than most of what an adapter adds. scale is alpha / rank; with -alpha /
+    rank it takes out again what was merged."""
     def make(name):
         path = name.removesuffix(".weight")
         if name in adapter:
-            return adapter[name].to(base[name].dtype)
-        weight = base[name]
+            return adapter[name]
         if f"{path}.down" not in adapter:
-            return weight
-        return (weight.float() + scale * (adapter[f"{path}.up"].float() @ adapter[f"{path}.down"].float())).to(weight.dtype)
+            return base[name]
+        return base[name].float() + scale * (adapter[f"{path}.up"].float() @ adapter[f"{path}.down"].float())
     return {name: partial(make, name) for name in base}

@@ -62,7 +62,8 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped, guidance
     if all_ranks_differentiate or gap.any():
         rows = gap.nonzero().squeeze(1) if gap.any() else torch.zeros(1, dtype=torch.long, device=t.device)
         u = conditioned(network, context[rows])
-        dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], r[rows], v[rows], epsilon)
+        level = r[rows] if gap.any() else torch.zeros_like(t[rows])     # a row with r = t would have no room for the difference
+        dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], level, v[rows], epsilon)
         target = v.index_add(0, rows, -expand((t - r)[rows] / w[rows], dF_dt) * dF_dt)
     return (F - target).square().flatten(1).mean(1)
 

@@ -6,7 +6,7 @@
 import argparse
 import json
 import time
-from dataclasses import dataclass, replace
+import zlib
 from pathlib import Path
 
 import imageio.v2
@@ -14,165 +14,13 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-import backward_sim
-import checkpoint
 import cli
 import data
 import distributed
-import encoders
 import flowmap
-import wan
-from model import Context, FlowMapDiT, remember
-
-SAMPLERS = ("euler", "consistency")
-
-
-@dataclass
-class Pipeline:
-    """What is needed to sample."""
-    network: FlowMapDiT
-    codec: object                # encoders.PatchPCA or encoders.WanCodec
-    words: object                # encoders.Words or encoders.WanText: prompts to features (B, T, D)
-    config: dict                 # of training: shift, guidance, full_chunks, ...
-    latent_shape: tuple          # (F, C, h, w)
-    chunks: tuple                # latent frames of each chunk; one chunk for a bidirectional model
-    null_prompt: str = ""        # what stands for no prompt
-    picture: object = None       # encoders.WanPicture, for networks that see the features of their first frame
-    batch: int = 48              # clips made at a time
-    fps: int = 8                 # frames a second of a clip
-
-
-def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int = 480, width: int = 832,
-                  tiling: bool = False, bf16: bool | None = None, chunks=None) -> Pipeline:
-    """The pipeline of a finished stage, RUN/STAGE, or of Wan or AnyFlow weights (see wan.load).
-
-    base: Wan pipeline folder with text encoder and autoencoder, for networks of Wan's latents. frames, height, width: of
-    the clips, in pixels, where the weights come without a run. chunks: latent frames of each chunk, in place of `frames`, for
-    causal weights whose file does not say so (Self-Forcing, Krea); they see every past chunk in full. tiling: of the
-    autoencoder, see encoders.WanCodec. bf16: of the network's weights and products (None: for Wan's networks on a GPU).
-    Raises ValueError for weights that do not fit each other, the size or the chunks.
-    """
-    path = Path(path)
-    model_config, state = wan.load(path, base=base)
-    if (path / "model.safetensors").exists():
-        record = json.loads((path / "config.json").read_text())
-    else:
-        own = wan.read_config(path)
-        record = {"config": {"shift": 5.0, "guidance": 5.0, "full_chunks": own.get("full_chunk_limit", 3) * model_config.compressed}}
-    if "vocabulary" not in record:
-        if not base:
-            raise ValueError(f"{path} works on Wan's latents: give the folder of Wan's text encoder and autoencoder with --base")
-        codec = encoders.WanCodec(base, device, tiling)
-        if codec.channels != model_config.channels:
-            raise ValueError(f"{path} works on latents of {model_config.channels} channels, but the autoencoder of {base} makes "
-                             f"{codec.channels}: give --base the folder that belongs to the weights")
-    if "latent_shape" not in record:
-        side = codec.pixels * model_config.patch * (2 if model_config.compressed else 1)
-        if height % side or width % side:
-            raise ValueError(f"--height {height} and --width {width} must be multiples of {side} for these weights")
-        length = sum(chunks) if chunks else (frames - 1) // codec.stride + 1
-        record |= {"latent_shape": (length, model_config.channels, height // codec.pixels, width // codec.pixels),
-                   "chunks": chunks or (own.get("chunk_partition", [length]) if model_config.compressed else [length])}
-    elif chunks:
-        raise ValueError(f"--chunks: {path} was trained with chunks of {record['chunks']}; ask for another length with --frames")
-    bf16 = "vocabulary" not in record and torch.device(device).type != "cpu" if bf16 is None else bf16
-    with torch.device("meta"):
-        network = FlowMapDiT(model_config).to(torch.bfloat16 if bf16 else torch.float32)
-    network, shape = network.to_empty(device=device).eval().requires_grad_(False), tuple(record["latent_shape"])
-    checkpoint.load_weights(network, state, path)
-    if "vocabulary" in record:
-        codec = encoders.PatchPCA.from_state(load_file(path / "codec.safetensors"))
-        words = encoders.Words(record["vocabulary"], network.config.text_dim, record["text_length"])
-        return Pipeline(network, codec, words, record["config"], shape, tuple(record["chunks"]))
-    return Pipeline(network, codec, encoders.WanText(base, device), record["config"], shape, tuple(record["chunks"]),
-                    encoders.NEGATIVE_PROMPT, encoders.WanPicture(base, device) if model_config.image_dim else None, 1, codec.fps)
-
-
-@torch.no_grad()
-def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
-            sampler: str = "euler", guidance: float = 1.0, chunks=None, given: torch.Tensor | None = None, window: int | None = None,
-            prompt_at: dict[int, str] | None = None, picture: tuple | None = None):
-    """Yields the latents (B, F of a chunk, C, h, w) of clips chunk by chunk, one clip for each caption and seed; a
-    bidirectional model yields its one chunk.
-
-    chunks: latent frames of each chunk (default: as trained); more than trained make a longer video. given: latents (B or
-    1, F, C, H, W) of the first frames, whole chunks of them, which are kept as they are (image- and video-to-video); a
-    bidirectional model keeps any number of them but all, at t = r = 0. picture: for a network with image inputs, what
-    `read_picture` makes of its first frame. window: how many past chunks are remembered (None: as many as in training,
-    which long videos need; 0: all). prompt_at: another caption for all clips from chunk m on. guidance: classifier-free
-    guidance, for a teacher; 1 for flow maps, which have theirs built in.
-    Raises ValueError for a caption with unknown words, a grid that does not fall from 1 to 0, a `given` that does not
-    end where a chunk ends, or a picture that is missing or not wanted.
-    """
-    net, device = pipeline.network, next(pipeline.network.parameters()).device
-    flowmap.check_grid(grid)
-    if chunks and len(pipeline.chunks) == 1:
-        raise ValueError("this model was trained on whole clips (without --causal): it has one length and one chunk")
-    window = len(pipeline.chunks) - 1 if window is None else window
-    chunks, frames = tuple(chunks or pipeline.chunks), 0 if given is None else given.shape[1]
-    ends = [sum(chunks[: i + 1]) for i in range(len(chunks))]
-    if frames and frames not in (ends[:-1] if len(chunks) > 1 else range(chunks[0])):
-        raise ValueError(f"{frames} given latent frames: must be whole chunks of {list(chunks)}, and not all of them")
-    given, features, known = (m if m is None else m.to(device).expand(len(captions), *m.shape[1:])
-                              for m in (given, *(picture or (None, None))))
-    prompts = {0: captions, **{m: [text] * len(captions) for m, text in (prompt_at or {}).items()}}
-    # Keys and values of each prompt are made once, and again from the chunk on where it changes.
-    texts = {m: pipeline.words(text) for m, text in prompts.items()}
-    null = net.read(pipeline.words([pipeline.null_prompt] * len(captions)).to(device), features) if guidance != 1 else None
-    z_1 = distributed.noise((sum(chunks), *pipeline.latent_shape[1:]), "sample", slots=seeds).to(device)
-    renoise = distributed.generator("renoise", *seeds)
-
-    def with_prompt(contexts):
-        """The contexts (conditional, empty prompt) of a chunk; at a new prompt, with its keys."""
-        m = ends.index(contexts[0].start) + 1 if contexts[0].start else 0
-        return (replace(contexts[0], text=net.read(texts[m].to(device), features)), contexts[1]) if m in texts else contexts
-
-    def jump(z, contexts):
-        start = contexts[0].start
-        kept = z[:, :0] if given is None else given[:, start:start + z.shape[1]]
-        if kept.shape[1] == z.shape[1]:
-            return kept
-        u = flowmap.conditioned(net, contexts[0])
-        if guidance != 1:
-            u = flowmap.guided(u, flowmap.conditioned(net, contexts[1]), guidance)
-        if kept.shape[1]:
-            u = flowmap.first_frames_given(u, kept)
-        z_0 = flowmap.euler_sample(u, z, grid) if sampler == "euler" else flowmap.consistency_sample(u, z, grid, renoise)
-        return torch.cat([kept, z_0[:, kept.shape[1]:]], 1)
-
-    def write(contexts, z_0):
-        return with_prompt(tuple(remember(net, context, z_0, pipeline.config["full_chunks"], window) if context else None
-                                 for context in contexts))
-
-    contexts = with_prompt((Context(None, known=known), Context(null, known=known) if guidance != 1 else None))
-    yield from backward_sim.chunk_by_chunk(jump, write, contexts, z_1, chunks)
-
-
-def stream(pipeline: Pipeline, *args, **options):
-    """Yields clips chunk by chunk, (B, T of a chunk, 3, H, W) in [-1, 1] on the CPU; arguments and errors as for `latents`."""
-    decode = pipeline.codec.decoder()
-    for z_0 in latents(pipeline, *args, **options):
-        yield decode(z_0.cpu())
-
-
-def generate(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
-             sampler: str = "euler", guidance: float = 1.0, **options) -> torch.Tensor:
-    """Whole clips (B, T, 3, H, W) in [-1, 1] on the CPU, pipeline.batch at a time; arguments and errors as for `latents`.
-
-    A seed decides its clip whatever else is in the batch (with the euler sampler; the consistency sampler's fresh noise
-    also depends on the other seeds).
-    """
-    clips = []
-    for first in range(0, len(captions), pipeline.batch):
-        rows = slice(first, first + pipeline.batch)
-        given = options.get("given")
-        some = options | {"given": given if given is None or len(given) == 1 else given[rows]}
-        z_0 = torch.cat(list(latents(pipeline, captions[rows], seeds[rows], grid, sampler, guidance, **some)), 1)
-        clips.append(pipeline.codec.decode(z_0.cpu()))
-    return torch.cat(clips)
+from pipeline import SAMPLERS, Pipeline, chunks_for, generate, given_latents, latents, load_pipeline, read_picture, stream
 
 
 def to_pixels(video: torch.Tensor, height: int = 128) -> np.ndarray:
@@ -205,58 +53,6 @@ def write_clip(path: Path, video: torch.Tensor, fps: int) -> None:
     aside.replace(path)
 
 
-def chunks_for(pipeline: Pipeline, frames: int) -> tuple[int, ...]:
-    """Chunks, as trained and then on with the longest, for at least so many pixel frames."""
-    chunks, length = list(pipeline.chunks), pipeline.codec.frames
-    while length(sum(chunks)) < frames:
-        chunks.append(max(chunks))
-    while len(chunks) > 1 and length(sum(chunks[:-1])) >= frames:
-        chunks.pop()
-    return tuple(chunks)
-
-
-def given_latents(pipeline: Pipeline, path: Path, is_image: bool, chunks) -> torch.Tensor:
-    """Latents (1, F, C, H, W) of the chunks that an image or the start of a video fills; at least one chunk is left.
-
-    An image fills a first chunk of one latent frame, or the first latent frame of a bidirectional model. Raises ValueError
-    for what cannot be read or is too short, and for a video where the model makes whole clips.
-    """
-    length, ends = pipeline.codec.frames, [sum(chunks[: i + 1]) for i in range(len(chunks) - 1)]
-    if len(chunks) == 1 and is_image:
-        ends = [1] * (chunks[0] > 1)
-    elif len(chunks) == 1:
-        raise ValueError("--video: this model was trained on whole clips; use one trained with --causal")
-    frames = read_frames(path, is_image) * (length(1) if is_image else 1)
-    whole = max((end for end in ends if length(end) <= len(frames)), default=0)
-    if not whole:
-        raise ValueError(f"{path}: {len(frames)} frames; the first chunk takes {length(chunks[0])}, and one more must be left to "
-                         f"generate")
-    if length(whole) < len(frames):
-        print(f"{path}: {length(whole)} of its {len(frames)} frames are used, {ends.index(whole) + 1} whole chunks")
-    video = torch.stack([fit(pipeline, frame) for frame in frames[: length(whole)]])
-    return pipeline.codec.encode(video[None].float() / 127.5 - 1)
-
-
-def read_picture(pipeline: Pipeline, path: Path) -> tuple:
-    """What a network with image inputs is told of its first frame: features (1, I, image_dim), or None where it takes none,
-    and what is known of the clip (1, F, image_channels, h, w). Raises ValueError for what cannot be read."""
-    frame = fit(pipeline, read_frames(path, is_image=True)[0])
-    known = pipeline.codec.known(frame[None].float() / 127.5 - 1, pipeline.latent_shape[0])
-    return pipeline.picture(frame) if pipeline.picture else None, known
-
-
-def read_frames(path: Path, is_image: bool) -> list[np.ndarray]:
-    try:
-        return [iio.imread(path)] if is_image else list(iio.imiter(path))
-    except data.DECODER_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
-
-
-def fit(pipeline: Pipeline, frame: np.ndarray) -> torch.Tensor:
-    """A frame at the size of the model's clips, (3, H, W) uint8."""
-    return data.fit_frame(frame, *(side * pipeline.codec.pixels for side in pipeline.latent_shape[2:]))
-
-
 def newest_stage(run: Path) -> Path:
     """The furthest finished stage of a run."""
     for name in ("distill", "flowmap", "pretrain"):
@@ -286,7 +82,7 @@ def main(argv=None) -> None:
     parser.add_argument("--grid", metavar="T,T,...", help="your own times from 1 down to 0, instead of --steps (default none)")
     parser.add_argument("--shift", type=float, help="timestep shift of the grid (default: the one trained with)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first clip; the next have the next (default 0)")
-    parser.add_argument("--count", type=int, default=1, help="clips a prompt (default 1)")
+    parser.add_argument("--per-prompt", type=int, default=1, help="clips a prompt (default 1)")
     parser.add_argument("--sampler", type=cli.choice(SAMPLERS), default="euler", metavar="NAME",
                         help="euler follows the flow map; consistency re-noises at each step (default euler)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none (default: 1 for a flow map and with the "
@@ -331,9 +127,9 @@ def main(argv=None) -> None:
     if not captions:
         parser.error(f"--prompts {args.prompts}: holds no prompt; write one a line" if args.prompts else
                      'no prompt: give --prompt "..." or --prompts FILE')
-    for name, least in (("steps", 1), ("count", 1), ("frames", 1), ("window", 0)):
+    for name, least in (("steps", 1), ("per_prompt", 1), ("frames", 1), ("window", 0)):
         if (getattr(args, name) if getattr(args, name) is not None else least) < least:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     for name in ("guidance", "shift"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} {getattr(args, name):g}: must be above 0")
@@ -368,7 +164,7 @@ def main(argv=None) -> None:
         grid = grid or flowmap.time_grid(args.steps, shift)
         built_in = pipeline.network.config.second_time or args.sampler == "consistency"
         guidance = args.guidance or (1.0 if built_in else pipeline.config["guidance"])
-        captions = [caption for caption in captions for _ in range(args.count)]
+        captions = [caption for caption in captions for _ in range(args.per_prompt)]
         seeds = list(range(args.seed, args.seed + len(captions)))
         options = {"window": args.window, "prompt_at": {int(chunk): prompt for chunk, prompt in args.prompt_at}}
         start = args.image or args.video
@@ -390,9 +186,9 @@ def main(argv=None) -> None:
             stream_to(args.out, stream(pipeline, captions, seeds, grid, args.sampler, guidance, **options), pipeline.fps)
             return
         if args.save_latents:
-            save_latents(args.save_latents, world, pipeline, captions, seeds, grid, args.sampler, guidance, options)
+            save_latents(args.save_latents, world, pipeline, captions, seeds, grid, args.sampler, guidance, options, stage)
             return
-        paths = [args.out / f"{caption.replace('/', ' ')[:180]}-{(seed - args.seed) % args.count}.mp4" if args.vbench else
+        paths = [args.out / f"{file_name(caption)}-{(seed - args.seed) % args.per_prompt}.mp4" if args.vbench else
                  args.out if len(captions) == 1 else args.out.with_stem(f"{args.out.stem}-{i:03d}")
                  for i, (caption, seed) in enumerate(zip(captions, seeds))]
         # Those of this process, less what an earlier run of this command made.
@@ -414,6 +210,12 @@ def main(argv=None) -> None:
         print(args.sheet)
 
 
+def file_name(caption: str) -> str:
+    """The caption as VBench names files. One that no file system would take is cut, and told apart by a checksum."""
+    name = caption.replace("/", " ")
+    return name if len(name.encode()) <= 200 else f"{name.encode()[:180].decode(errors='ignore')} {zlib.crc32(name.encode()):08x}"
+
+
 def read_prompts(path: Path, parser) -> list[str]:
     text = path.read_text("utf-8")
     if path.suffix != ".json":
@@ -427,14 +229,17 @@ def read_prompts(path: Path, parser) -> list[str]:
         parser.error(f"--prompts {path}: expected a list of prompts, or of entries with prompt_en ({error})")
 
 
-def save_latents(folder: Path, world, pipeline: Pipeline, captions, seeds, grid, sampler, guidance, options) -> None:
+def save_latents(folder: Path, world, pipeline: Pipeline, captions, seeds, grid, sampler, guidance, options, weights: Path) -> None:
     """Clips of a teacher as shards (data.ShardWriter): synthetic training data, as the paper uses."""
-    writer = data.ShardWriter(folder, world.rank, world.size)
+    made_by = {"weights": str(weights), "grid": grid, "sampler": sampler, "guidance": guidance, "first_seed": seeds[0],
+               "frames": sum(options.get("chunks", pipeline.chunks)), "size": pipeline.latent_shape[1:],
+               "prompts": f"checksum {zlib.crc32(json.dumps(captions).encode()):08x}"}
+    writer = data.ShardWriter(folder, made_by, world.rank, world.size)
     rows = [i for i in range(world.rank, len(captions), world.size) if f"{i:07d}" not in writer.done]
     for i in tqdm(rows, desc="latents", disable=not world.is_main):
         z_0 = torch.cat(list(latents(pipeline, [captions[i]], [seeds[i]], grid, sampler, guidance, **options)), 1)[0]
         writer.add(f"{i:07d}", z_0.bfloat16(), pipeline.words([captions[i]])[0].bfloat16(), captions[i])
-    writer.close(pipeline.words([pipeline.null_prompt])[0].bfloat16(), {"steps": len(grid) - 1, "guidance": guidance})
+    writer.close(pipeline.words([pipeline.null_prompt])[0].bfloat16())
     print(f"{folder}: part {world.rank + 1} of {world.size}, {len(writer.done)} clips")
 
 

@@ -55,8 +55,9 @@ class Config:
     causal: bool = flag(False, "generate chunk by chunk, each chunk seeing the clean ones before it")
     chunks: str = flag("1,1,1,1", "causal: latent frames of each chunk; the toy codec makes one of two pixel frames")
     full_chunks: int = flag(3, "causal: how many chunks are full, the newest included; older ones are compressed. 0: all")
-    base: str = flag("", "pretrain: the weights to start from, a finished stage or Wan2.1 (see wan.py), or none for fresh ones "
-                     "(default none; with --causal and the toy preset runs/toy-DATA/pretrain)")
+    base: str = flag("", "pretrain: the weights to start from, a finished stage or Wan2.1 (see wan.py), or none for fresh ones; "
+                     "flowmap: flow-map weights to go on with, such as AnyFlow's, in place of stage pretrain (default none; pretrain "
+                     "with --causal and the toy preset runs/toy-DATA/pretrain)")
     seed: int = flag(0, "seed of weights, data order, noise and times")
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
     lora_rank: int = flag(0, "train low-rank adapters of this rank on the frozen weights that the stage starts from; in distill, "
@@ -181,6 +182,8 @@ def parse_config(argv=None) -> Config:
     for name in ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction", "consistency_fraction"):
         if not 0 <= getattr(c, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must lie in [0, 1]")
+    if not 0 <= c.seed < 300_000:
+        parser.error(f"--seed {c.seed}: must lie in [0, 300000); higher ones are for clips that eval.py holds back")
     if c.epsilon > 0.5:
         parser.error(f"--epsilon {c.epsilon}: must be at most 0.5, the half width of all times")
     for name in ("chunks", "full_chunks"):
@@ -199,8 +202,8 @@ def parse_config(argv=None) -> Config:
     c.lora_alpha = c.lora_alpha or float(c.lora_rank)
     if c.lora_rank and stage == "pretrain" and not c.base:
         parser.error("--lora-rank: adapters need weights to adapt; give them with --base, or train all weights with --lora-rank 0")
-    if c.base and stage != "pretrain":
-        parser.error(f"--base is for stage pretrain; stage {stage} starts from stage {before}")
+    if c.base and stage == "distill":
+        parser.error(f"--base is for stages pretrain and flowmap; stage {stage} starts from those")
     return c
 
 
@@ -249,13 +252,22 @@ def train(c: Config) -> Path:
     cannot be read or written."""
     world = distributed.start(c.device)
     run, stage = Path(c.run_dir), Path(c.run_dir) / c.stage
-    before = previous_stage(c.stage)
+    before = None if c.base else previous_stage(c.stage)
+    origin = run / before if before else c.base              # what the stage starts from; nothing: fresh weights
     say = tqdm.write if world.is_main else (lambda text: None)
 
+    def generator(*keys) -> torch.Generator:
+        """What is random in this stage; no stage draws what another drew."""
+        return distributed.generator(c.seed, c.stage, *keys)
+
+    def noise(shape, *keys, slots) -> torch.Tensor:
+        return distributed.noise(shape, c.seed, c.stage, *keys, slots=slots).to(world.device)
+
     # --- the run folder: start, resume, or find the stage finished
-    if before and not (run / before / "model.safetensors").exists():
-        raise ValueError(f"stage {c.stage} starts from stage {before}, which is not finished in {run}. First run: "
-                         f"python train.py --stage {before} --run-dir {run}")
+    for needed in () if c.base else STAGES[:STAGES.index(c.stage)]:
+        if not (run / needed / "model.safetensors").exists():
+            raise ValueError(f"stage {c.stage} needs stage {needed}, which is not finished in {run}. First run: "
+                             f"python train.py --stage {needed} --run-dir {run}")
     if c.base and not Path(c.base).exists():
         raise ValueError(f"--base {c.base}: not there. First run: python train.py --stage pretrain --data {c.data} (or start from "
                          f"fresh weights with --base none)")
@@ -278,13 +290,13 @@ def train(c: Config) -> Path:
         source = data.open_data(c.data, c.frames, c.size)
         if not isinstance(source, data.Shards):
             # Fitted once, by the first stage.
-            places = [(run / before if before else Path(c.base or "none")) / codec_file.name]
+            places = [Path(origin or "none") / codec_file.name]
             places += [codec_file] if codec_file.exists() and not c.fresh else []
             codec = (encoders.PatchPCA.from_state(load_file(places[-1])) if places[-1].exists() else
                      encoders.PatchPCA.fit(source.clips(range(1024), seed=c.seed)[0], PRESETS[c.preset].channels))
             words = encoders.Words.of(source.captions, PRESETS[c.preset].text_dim)
             source = encoders.Encoded(source, codec, words)
-            record = {"vocabulary": words.vocabulary, "text_length": words.length}
+            record = {"vocabulary": words.vocabulary}
     except ValueError as error:
         raise ValueError(f"--data {c.data}: {error}") from None
     latent_shape = source.latent_shape
@@ -300,12 +312,12 @@ def train(c: Config) -> Path:
         Half of the updates take a clip's first full chunks, half a random number of chunks from there up, the same on
         every rank; all but the last `full_chunks` are compressed context (METHOD section 7).
         """
-        coin, count = torch.rand(2, generator=distributed.generator(c.seed, step, "chunks")).tolist()
+        coin, count = torch.rand(2, generator=generator(step, "chunks")).tolist()
         extra = len(all_chunks) - full_chunks
         chunks = all_chunks[:full_chunks + (int(count * (extra + 1)) if extra > 0 and coin < 0.5 else 0)]
         start, stop = sum(chunks[:-full_chunks]), sum(chunks)
-        x, text = source.draw((step * c.batch_size + slots).tolist(), seed=c.seed)
-        n = distributed.noise(latent_shape, c.seed, step, "noise", slots=slots)
+        x, text = source.draw((step * c.batch_size + slots).tolist(), seed=len(STAGES) * c.seed + STAGES.index(c.stage))
+        n = noise(latent_shape, step, "noise", slots=slots)
         tensors = x[:, :stop], n[:, start:stop], text, source.null_text.expand_as(text)
         return Batch(*(tensor.to(world.device) for tensor in tensors), slots, chunks, start)
 
@@ -316,7 +328,7 @@ def train(c: Config) -> Path:
 
     def drop_text(step: int, batch: Batch):
         """Which prompts are dropped (B,), a fraction text_drop, and the prompts with the empty one in their place."""
-        coin = torch.rand(c.batch_size, generator=distributed.generator(c.seed, step, "drop"))[batch.slots]
+        coin = torch.rand(c.batch_size, generator=generator(step, "drop"))[batch.slots]
         dropped = (coin < c.text_drop).to(world.device)
         return dropped, torch.where(dropped[:, None, None], batch.null_text, batch.text)
 
@@ -349,13 +361,15 @@ def train(c: Config) -> Path:
     def adapter_of(stage, base: str) -> tuple:
         """The adapter of `base` that a stage ended with, and where it is from; (None, ...) if it ended with `base` itself."""
         config, tensors, adapter = checkpoint.load_model(stage)
-        if (adapter["base"] if adapter else str(stage)) != base:
+        if adapter and (adapter["rank"], adapter["alpha"]) != (c.lora_rank, c.lora_alpha):
+            raise ValueError(f"{stage} ended with an adapter of rank {adapter['rank']} and alpha {adapter['alpha']:g}, not --lora-rank "
+                             f"{c.lora_rank} --lora-alpha {c.lora_alpha:g}: leave them out, or train anew from stage pretrain")
+        if Path(adapter["base"] if adapter else stage).resolve() != Path(base).resolve():
             raise ValueError(f"{stage} is not an adapter of {base}, which this stage adapts: train all weights with --lora-rank 0")
         if not adapter:
             return None, stage
         return (tensors if config.second_time else as_flow_map(tensors)), stage
 
-    origin = run / before if before else c.base
     if c.lora_rank:
         # The weights that the stage before adapted, or those that it ended with.
         adapter = checkpoint.load_model(origin)[2] if before else None
@@ -370,6 +384,9 @@ def train(c: Config) -> Path:
         origin, config = "fresh weights", dataclasses.replace(PRESETS[c.preset], second_time=False, compressed=compressed)
         state = FlowMapDiT(config).init_weights(distributed.generator(c.seed, "init")).state_dict()
     else:
+        if c.stage == "pretrain" and wan.load(origin)[0].second_time:
+            raise ValueError(f"--base {origin} is a flow map already, and a teacher knows one time only: go on with it by --stage "
+                             f"flowmap --base {origin}, or give flow-matching weights")
         config, state = wan.load(origin, second_time=c.stage != "pretrain", compressed=compressed)
     if config.image_channels:
         raise ValueError(f"{origin} is an image-to-video network, and --data has no pictures: take text-to-video weights; clips "
@@ -409,7 +426,7 @@ def train(c: Config) -> Path:
         return stage
     if world.is_main:
         record |= {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
-                   "latent_shape": latent_shape, "chunks": all_chunks}
+                   "latent_shape": latent_shape, "chunks": all_chunks, "text_length": len(source.null_text)}
         data.write_text(stage / "config.json", json.dumps(record, indent=1))
         log_path = stage / "log.jsonl"
         rows = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
@@ -429,7 +446,7 @@ def train(c: Config) -> Path:
         (loss.sum() * per_sample).backward()
 
     def pretrain_loss(step: int, batch: Batch, last: bool) -> None:
-        t = flowmap.logit_normal_time(distributed.generator(c.seed, step, "time"), c.batch_size, c.shift)
+        t = flowmap.logit_normal_time(generator(step, "time"), c.batch_size, c.shift)
         u = flowmap.conditioned(student_net, context(student_net, batch, drop_text(step, batch)[1]))
         err = flowmap.flow_matching_error(u, batch.x[:, batch.start:], batch.n, t[batch.slots].to(world.device))
         log.add("loss", err)
@@ -438,8 +455,7 @@ def train(c: Config) -> Path:
     def flow_map_loss(step: int, batch: Batch, last: bool, flow_errors: list, factor: float = 1.0) -> None:
         """flow_errors: running [sum, count] of the r = t errors of this update. The r = t samples come first in the
         global batch, so it is complete by the time that the first r < t sample needs it."""
-        generator = distributed.generator(c.seed, step, "time")
-        t_all, r_all = flowmap.flow_map_times(generator, c.batch_size, c.shift, c.flow_fraction, c.consistency_fraction)
+        t_all, r_all = flowmap.flow_map_times(generator(step, "time"), c.batch_size, c.shift, c.flow_fraction, c.consistency_fraction)
         micro = slice(int(batch.slots[0]) - world.rank, int(batch.slots[0]) - world.rank + per_step)
         t, r = t_all[batch.slots].to(world.device), r_all[batch.slots].to(world.device)
         dropped, text = drop_text(step, batch)
@@ -464,13 +480,12 @@ def train(c: Config) -> Path:
 
     def rollout(step: int, batch: Batch) -> torch.Tensor:
         """Samples z_0 of the student; N and k are the same on every rank, the noise is not."""
-        generator = distributed.generator(c.seed, step, "rollout")
-        budgets = cli.positive_ints(c.budgets)
-        steps = budgets[int(torch.randint(len(budgets), (1,), generator=generator))]
-        k = int(torch.randint(steps, (1,), generator=generator))
+        draws, budgets = generator(step, "rollout"), cli.positive_ints(c.budgets)
+        steps = budgets[int(torch.randint(len(budgets), (1,), generator=draws))]
+        k = int(torch.randint(steps, (1,), generator=draws))
         grid = flowmap.time_grid(steps, c.shift)
-        z_1 = distributed.noise(batch.n.shape[1:], c.seed, step, "rollout", slots=batch.slots).to(world.device)
-        renoise = distributed.generator(c.seed, step, "renoise", int(batch.slots[0]))
+        z_1 = noise(batch.n.shape[1:], step, "rollout", slots=batch.slots)
+        renoise = distributed.noise_stream(c.seed, c.stage, step, "renoise", slots=batch.slots)
 
         def jump(z, context):
             u = flowmap.conditioned(student_net, context)
@@ -488,8 +503,8 @@ def train(c: Config) -> Path:
 
     def dmd_student_loss(step: int, batch: Batch, last: bool) -> torch.Tensor:
         z_0 = rollout(step, batch)
-        tau = torch.rand(c.batch_size, generator=distributed.generator(c.seed, step, "tau"))[batch.slots]
-        n = distributed.noise(z_0.shape[1:], c.seed, step, "dmd", slots=batch.slots).to(world.device)
+        tau = torch.rand(c.batch_size, generator=generator(step, "tau"))[batch.slots]
+        n = noise(z_0.shape[1:], step, "dmd", slots=batch.slots)
 
         def score(net, text):
             # The clean chunks are encoded for the call and freed after it: three contexts at once are large.
@@ -506,8 +521,8 @@ def train(c: Config) -> Path:
         if c.fake_rollout == "fresh":
             with torch.no_grad():
                 z_0 = rollout(-1 - step, batch)                   # another key: fresh noise, N and k
-        tau = flowmap.logit_normal_time(distributed.generator(c.seed, step, "fake"), c.batch_size, c.shift)
-        n = distributed.noise(z_0.shape[1:], c.seed, step, "fake", slots=batch.slots).to(world.device)
+        tau = flowmap.logit_normal_time(generator(step, "fake"), c.batch_size, c.shift)
+        n = noise(z_0.shape[1:], step, "fake", slots=batch.slots)
         u = flowmap.conditioned(fake_net, context(fake_net, batch, batch.text, z_0))
         err = dmd.fake_score_error(u, z_0, n, tau[batch.slots].to(world.device))
         log.add("fake", err)
@@ -572,7 +587,7 @@ def train(c: Config) -> Path:
             return stage
     bar.close()
     stopping.restore()
-    adapter = {"rank": c.lora_rank, "alpha": c.lora_alpha, "base": str(origin), "targets": [*lora.TARGETS, *lora.REPLACED]}
+    adapter = {"rank": c.lora_rank, "alpha": c.lora_alpha, "base": str(Path(origin).resolve()), "targets": [*lora.TARGETS, *lora.REPLACED]}
     checkpoint.save_model(stage, student.ema, config, world.is_main, adapter if c.lora_rank else None)
     barrier(world)
     say(f"stage {c.stage}: finished, {stage / 'model.safetensors'}")

@@ -9,6 +9,7 @@ is ever run), in the layout of Diffusers or Wan's own, bare or under an entry su
 """
 import json
 import shutil
+import zipfile
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ BLOCK = (
 )
 LAYOUTS = ("diffusers", "wan")
 UNUSED = "norm_added_q."          # published image-to-video weights hold it, and no network ever used it
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")         # of all names in a file, the longest first
 ENTRIES = ("generator_ema", "ema", "generator", "model", "state_dict")      # of a training checkpoint, the first that is there
 
 
@@ -83,7 +85,7 @@ def open_tensors(path: Path) -> tuple[Tensors, dict]:
                     readers[name] = partial(handle.get_tensor, name)
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
             else:
-                found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
                 while (entry := next((e for e in ENTRIES if isinstance(found.get(e), dict)), None)):
                     found = found[entry]
                 for name, tensor in found.items():
@@ -97,7 +99,7 @@ def open_tensors(path: Path) -> tuple[Tensors, dict]:
                 raise
             raise ValueError(f"{file}: holds more than tensors, which could run code when it is read; convert it to "
                              f"safetensors where it came from") from None
-    strip = [prefix for prefix in ("model.", "module.") if readers and all(name.startswith(prefix) for name in readers)]
+    strip = [prefix for prefix in PREFIXES if readers and all(name.startswith(prefix) for name in readers)]
     def plain(name):
         return name.removeprefix(strip[0] if strip else "").replace("_fsdp_wrapped_module.", "")
     return Tensors({plain(n): r for n, r in readers.items()}), {plain(n): s for n, s in shapes.items()}
@@ -130,6 +132,20 @@ def read_config(path: Path) -> dict:
     path = Path(path)
     folder = path.parent if path.is_file() else path / "transformer" if (path / "transformer").is_dir() else path
     return json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+
+
+def read_record(path, config: ModelConfig, frames: int = 21, chunks=None) -> dict:
+    """What a stage's config.json would say of weights that were not trained here: "chunks", for clips of so many latent frames
+    unless they are given, and the "config" of sampling. What no file beside the weights says is that of the released recipe."""
+    path, own = Path(path), read_config(path)
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(scheduler.read_text()) if scheduler.exists() else {}
+    shift = scheduler["shift"] if scheduler.get("_class_name") == "FlowMapEulerDiscreteScheduler" else 5.0
+    if not chunks and config.compressed:                         # 1, 3, 3, ..., and what is left
+        chunks = own.get("chunk_partition") or [min(n, frames - start) for n, start in
+                                                zip([1, *[3] * frames], [0, *range(1, frames, 3)])]
+    full_chunks = own.get("full_chunk_limit", 3) if config.compressed else 0
+    return {"chunks": list(chunks or [frames]), "config": {"shift": shift, "guidance": 5.0, "full_chunks": full_chunks}}
 
 
 def load(path, second_time: bool | None = None, compressed: bool | None = None, base=None) -> tuple[ModelConfig, Tensors]:
@@ -167,6 +183,8 @@ def load(path, second_time: bool | None = None, compressed: bool | None = None, 
 def load_foreign(path) -> tuple[ModelConfig, Tensors]:
     """`load` for weights that were not trained here, as they are."""
     (tensors, shapes), record = open_tensors(Path(path)), read_config(path)
+    if record.get("deltatime_type", "r") != "r":
+        raise ValueError(f"{path}: a network whose second time is {record['deltatime_type']!r}; only 'r' is supported")
     marks = zip(LAYOUTS, ("condition_embedder.time_embedder.linear_1.weight", "time_embedding.0.weight"))
     layout = next((layout for layout, name in marks if name in shapes), None)
     if layout is None:
@@ -213,7 +231,8 @@ def export(stage, to, base=None, copy: bool = False) -> Path:
     if (stage / "model.safetensors").exists() or not stage.exists():
         (c, state), record = load(stage, base=base), json.loads((stage / "config.json").read_text())
     else:
-        (c, state), record = load(stage, second_time=True), {"chunks": [1], "config": {"shift": 5.0}}
+        c, state = load(stage, second_time=True)
+        record = read_record(stage, c)
     if c.image_channels:
         raise ValueError(f"{stage}: Diffusers has no class for a flow map with Wan2.1-I2V's image inputs")
     if c.output_skip or c.time_scale != 1000 or not c.second_time:

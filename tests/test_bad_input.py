@@ -61,10 +61,10 @@ def folder(tmp_path_factory):
         if name != "silent":
             (folder / name / "a.txt").write_text("a red box")
     (folder / "empty").mkdir()
-    writer = data.ShardWriter(folder / "shards")
+    writer = data.ShardWriter(folder / "shards", {"frames": 8})
     for i in range(2):
         writer.add(f"{i}", torch.randn(4, 48, 4, 4), torch.randn(3, 64), "a red box")
-    writer.close(torch.zeros(3, 64), {})
+    writer.close(torch.zeros(3, 64))
     for name in ("shards-cut", "shards-flipped", "shards-json", "shards-old"):
         shutil.copytree(folder / "shards", folder / name)
     shard = next((folder / "shards-cut").glob("part-0-of-1-*.safetensors"))
@@ -118,7 +118,8 @@ CASES = [
     ("train", ["--micro-batch", "-2"], "--micro-batch -2", "at least 0"),
     ("train", ["--epsilon", "0.7"], "--epsilon 0.7", "at most 0.5"),
     ("train", ["--lora-rank", "4"], "--lora-rank", "--base"),
-    ("train", ["--stage", "flowmap", *RUN, "--base", "run"], "--base", "starts from stage pretrain"),
+    ("train", ["--stage", "distill", *RUN, "--base", "run"], "--base", "stages pretrain and flowmap"),
+    ("train", [*TINY, "--base", "run/flowmap"], "--base run/flowmap is a flow map already", "--stage flowmap --base run/flowmap"),
     ("train", [*TINY, "--frames", "7"], "(7, 16, 16)", "divisible by the patch (2, 4, 4)"),
     ("train", [*TINY, "--size", "15"], "15", "divisible by the patch"),
     ("train", [*TINY, "--causal", "--base", "none", "--chunks", "1,2"], "--chunks 1,2", "clips have 4 latent frames"),

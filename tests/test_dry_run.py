@@ -14,6 +14,7 @@ import sample
 import train
 import wan
 from model import FlowMapDiT, teacher_forced
+from pipeline import fit
 
 pytest.importorskip("diffusers", minversion="0.42")
 pytest.importorskip("transformers")
@@ -199,7 +200,7 @@ def test_a_teacher_makes_the_shards_that_it_is_distilled_on(base, tmp_path, caps
     prompts, out = tmp_path / "prompts.json", tmp_path / "shards"
     prompts.write_text(json.dumps([{"prompt_en": CAPTIONS[0]}, CAPTIONS[1]]))
     flags = ["--ckpt", str(base), "--base", str(base), "--frames", "9", "--height", "32", "--width", "64", "--steps", "2",
-             "--prompts", str(prompts), "--count", "2"]
+             "--prompts", str(prompts), "--per-prompt", "2"]
     sample.main([*flags, "--save-latents", str(out)])
     found = data.Shards(out)
     assert len(found) == 4 and found.latent_shape == (3, 16, 4, 8) and found.null_text.any()
@@ -225,7 +226,7 @@ def test_causal_weights_of_others_are_sampled_chunk_by_chunk(base, tmp_path, mon
     ours = sample.load_pipeline(tmp_path / "weights.pt", base=base, height=32, width=64, chunks=chunks)
     assert ours.chunks == chunks and ours.latent_shape == (5, 16, 4, 8) and ours.config["full_chunks"] == 0
     mine = torch.cat(list(sample.latents(ours, [CAPTIONS[0]], [7], grid, "consistency")), 1)
-    clip, renoise = distributed.noise(ours.latent_shape, "sample", slots=[7]), distributed.generator("renoise", 7)
+    clip, renoise = distributed.noise(ours.latent_shape, "sample", slots=[7]), distributed.noise_stream("renoise", slots=[7])
     text, stop = ours.words([CAPTIONS[0]]), 0
     for i, frames in enumerate(chunks):
         start, stop = stop, stop + frames
@@ -310,7 +311,7 @@ def test_image_to_video_is_that_of_diffusers(request, tmp_path, kind, height, wi
     pipe.set_progress_bar_config(disable=True)
     z = distributed.noise(ours.latent_shape, "sample", slots=[7])
     import PIL.Image
-    expected = pipe(PIL.Image.fromarray(sample.fit(ours, IMAGE.numpy()).permute(1, 2, 0).numpy()), CAPTIONS[0], encoders.NEGATIVE_PROMPT,
+    expected = pipe(PIL.Image.fromarray(fit(ours, IMAGE.numpy()).permute(1, 2, 0).numpy()), CAPTIONS[0], encoders.NEGATIVE_PROMPT,
                     height=height, width=width, num_frames=9, num_inference_steps=4, guidance_scale=3.0, latents=z.transpose(1, 2),
                     output_type="latent").frames.transpose(1, 2)
     grid = scheduler.sigmas.tolist()

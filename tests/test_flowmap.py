@@ -47,7 +47,8 @@ def test_euler_with_the_instantaneous_velocity_converges_at_first_order():
 
 
 def test_consistency_sampler_keeps_the_data_distribution_of_an_exact_map():
-    z = flowmap.consistency_sample(GAUSSIAN.u, noise(20000, 2).float(), flowmap.time_grid(5, 5.0), generator("renoise"))
+    z = flowmap.consistency_sample(GAUSSIAN.u, noise(20000, 2).float(), flowmap.time_grid(5, 5.0),
+                                   lambda shape, g=generator("renoise"): torch.randn(20000, *shape, generator=g))
     assert z.mean().item() == pytest.approx(GAUSSIAN.mean, abs=0.01)
     assert z.std().item() == pytest.approx(GAUSSIAN.std, rel=0.02)
 
@@ -55,6 +56,8 @@ def test_consistency_sampler_keeps_the_data_distribution_of_an_exact_map():
 def test_grid_and_shift():
     assert flowmap.time_grid(1, 5.0) == [1.0, 0.0]
     assert flowmap.time_grid(4, 1.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    for shift in (0.1, 0.2, 0.3, 0.45, 3.3):
+        flowmap.check_grid(flowmap.time_grid(3, shift))
     assert flowmap.time_grid(2, 5.0)[1] == pytest.approx(5 * 0.5 / 3)
     for grid in ([1.0, 0.5], [0.9, 0.0], [1.0, 0.5, 0.5, 0.0], [1.0], [0.0, 1.0]):
         with pytest.raises(ValueError, match="fall strictly from 1 to 0"):

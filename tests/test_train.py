@@ -200,9 +200,34 @@ def test_a_signal_ends_a_run_cleanly_and_it_goes_on(tmp_path, processes):
         same_files(tmp_path / "run" / "pretrain" / "model.safetensors", tmp_path / "whole" / "pretrain" / "model.safetensors")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_accumulation_reproduces_the_whole_batch(either, tmp_path, stage):
-    finished, flags = either
+def test_no_stage_draws_what_another_drew(finished, tmp_path, monkeypatch):
+    """Noise, times, roles, budgets and the order of the data; only fresh weights are a function of the seed alone."""
+    drawn, original, clips = {}, distributed.generator, train.encoders.Encoded.draw
+    monkeypatch.setattr(distributed, "generator", lambda *keys: drawn[stage].add(keys) or original(*keys))
+    monkeypatch.setattr(train.encoders.Encoded, "draw", lambda self, indices, seed: drawn[stage].add(("data", seed, *indices)) or
+                        clips(self, indices, seed))
+    for stage in STAGES:
+        drawn[stage] = set()
+        (tmp_path / stage).mkdir()
+        link_stages(finished, tmp_path / stage / "run", stage)
+        run_stage(tmp_path / stage / "run", stage, "--steps", "2")
+        drawn[stage] = {keys for keys in drawn[stage] if "init" not in keys}
+        assert len(drawn[stage]) > 16
+    assert sum(map(len, drawn.values())) == len(set().union(*drawn.values()))
+
+
+def test_a_fresh_rollout_leaves_the_weights_sharded_for_the_checkpoint(finished, tmp_path):
+    """Its calls, without gradient, are the student's last of an update. With bf16 one process shards, too."""
+    for name, ends in (("whole", ("6",)), ("run", ("3", "6"))):
+        link_stages(finished, tmp_path / name, "distill")
+        for steps in ends:
+            run_stage(tmp_path / name, "distill", "--fake-rollout", "fresh", "--bf16", "--steps", steps)
+    same_files(*(tmp_path / name / "distill" / "checkpoints" / "00000006" / STATE for name in ("run", "whole")))
+
+
+@pytest.mark.parametrize("stage, more", [*((stage, ()) for stage in STAGES), ("distill", ("--rollout", "consistency"))])
+def test_accumulation_reproduces_the_whole_batch(either, tmp_path, stage, more):
+    finished, flags = either[0], (*either[1], *more)
     link_stages(finished, tmp_path / "run", stage)
     run_stage(tmp_path / "run", stage, "--micro-batch", "2", "--log-every", "1", "--steps", "10", *flags)
     link_stages(finished, tmp_path / "whole", stage)
@@ -229,7 +254,7 @@ def test_two_processes_equal_one(either, tmp_path):
         for a, b in zip(log_rows(tmp_path / "run" / stage), log_rows(link / stage), strict=True):
             assert a == pytest.approx(b, rel=1e-5)
     # Each process makes its part of the clips.
-    command = [*command[:5], "sample.py", "--run-dir", str(tmp_path / "run"), "--prompt", "a red circle moving left", "--count", "3",
+    command = [*command[:5], "sample.py", "--run-dir", str(tmp_path / "run"), "--prompt", "a red circle moving left", "--per-prompt", "3",
                "--steps", "1", "--out", str(tmp_path / "clip.png")]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and all(result.stdout.count(f"clip-00{i}.png:") == 1 for i in range(3)), result.stderr
@@ -297,8 +322,8 @@ def test_later_stages_inherit_the_data(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--stage", "flowmap"], "starts from stage pretrain.*First run:.*--stage pretrain"),
-    (["--stage", "distill"], "starts from stage flowmap.*First run:.*--stage flowmap"),
+    (["--stage", "flowmap"], "needs stage pretrain.*First run:.*--stage pretrain"),
+    (["--stage", "distill"], "needs stage pretrain.*First run:.*--stage pretrain"),
     (["--batch-size", "5", "--micro-batch", "2"], "not a multiple of 2"),
     (["--data", "shape"], "choose shapes, loop, digits"),
     (["--frames", "7"], "divisible by the patch"),
@@ -333,12 +358,13 @@ def test_help_documents_every_flag(script):
 
 # --- sample.py and eval.py on the finished run
 
-def test_a_seed_decides_its_clip_whatever_else_is_in_the_batch(finished):
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_a_seed_decides_its_clip_whatever_else_is_in_the_batch(finished, sampler):
     pipeline, grid = sample.load_pipeline(finished / "distill"), [1.0, 0.6, 0.0]
     prompts = ["a red circle moving left", "a blue square moving up"]
-    both = sample.generate(pipeline, prompts, [3, 4], grid)
-    torch.testing.assert_close(sample.generate(pipeline, prompts[1:], [4], grid), both[1:], rtol=1e-4, atol=1e-5)
-    assert (sample.generate(pipeline, prompts[1:], [5], grid) - both[1:]).abs().max() > 0.01
+    both = sample.generate(pipeline, prompts, [3, 4], grid, sampler)
+    torch.testing.assert_close(sample.generate(pipeline, prompts[1:], [4], grid, sampler), both[1:], rtol=1e-4, atol=1e-5)
+    assert (sample.generate(pipeline, prompts[1:], [5], grid, sampler) - both[1:]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.png"])
@@ -443,7 +469,7 @@ def test_causal_command_lines(causal, tmp_path, capsys):
     (["--frames", "0"], "--frames 0: must be at least 1"), (["--window", "-1"], "must be at least 0"),
     (["--image", "a.png", "--video", "b.mp4"], "give one of them"), (["--prompt-at", "x", "a"], "must be a number"),
     (["--prompt-at", "1", "a red circel"], "'circel'.*'circle'"), (["--stream", "--out", "a.png"], "written to .mp4 or .gif"),
-    (["--stream", "--count", "2"], "one prompt and one clip"), (["--frames", "2", "--image", "assets/none.png"], "cannot be read")])
+    (["--stream", "--per-prompt", "2"], "one prompt and one clip"), (["--frames", "2", "--image", "assets/none.png"], "cannot be read")])
 def test_wrong_causal_requests_are_refused(causal, flags, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as error:
@@ -472,7 +498,7 @@ def test_the_causal_recipe_is_checked(tmp_path, capsys):
     with pytest.raises(ValueError, match="add up to 3, but clips have 4 latent frames"):
         train.train(config("--chunks", "1,2"))
     for flags, message in ((["--chunks", "1,x"], "whole numbers"), (["--full-chunks", "-1"], "at least 0"),
-                           (["--stage", "flowmap", "--base", "a"], "--base is for stage pretrain")):
+                           (["--stage", "distill", "--base", "a"], "--base is for stages pretrain and flowmap")):
         with pytest.raises(SystemExit):
             config(*flags)
         assert message in capsys.readouterr().err
@@ -480,6 +506,17 @@ def test_the_causal_recipe_is_checked(tmp_path, capsys):
     assert default.run_dir == "runs/toy-shapes-causal" and default.base == "runs/toy-shapes/pretrain"
     with pytest.raises(ValueError, match="--base nowhere: not there. First run"):
         train.train(config("--base", "nowhere"))
+
+
+def test_flowmap_goes_on_with_a_flow_map(finished, tmp_path):
+    """As with AnyFlow's weights: no stage pretrain, and the trained second time embedder is kept."""
+    stage = run_stage(tmp_path / "run", "flowmap", "--base", str(finished / "flowmap"), "--steps", "1", "--lr", "1e-12", "--ema-start", "0")
+    same_files(stage / "model.safetensors", finished / "flowmap" / "model.safetensors")
+    same_files(stage / "codec.safetensors", finished / "flowmap" / "codec.safetensors")
+    state = load_file(stage / "model.safetensors")
+    assert not torch.equal(state["r_embed.up.weight"], state["time_embed.up.weight"])
+    with pytest.raises(ValueError, match="distill needs stage pretrain"):
+        run_stage(tmp_path / "run", "distill")
 
 
 def test_a_causal_teacher_starts_from_a_bidirectional_one(finished, tmp_path):

@@ -123,6 +123,7 @@ def update(case: Case, nets: dict, trained: list) -> None:
             null_context = context(student)
         err = meanflow.meanflow_error(student, x[:, start:], n, t, r, context(student), null_context,
                                       torch.zeros(1, dtype=torch.bool), guidance=3.0, all_ranks_differentiate=True)
+        del null_context
         backward(err, student, last)
 
     def backward(loss, net, last):

@@ -6,6 +6,7 @@ the network, or of its adapter). Checkpoints are written and read by torch.distr
 shards that it holds, and another number of ranks may read them. Only safetensors and JSON are read: nothing that could
 execute code.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from safetensors.torch import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import checksum
-from distributed import World, merge_over_ranks, sum_over_ranks
+from distributed import World, merge_over_ranks, on_main, sum_over_ranks
 from model import ModelConfig, Tensors
 
 
@@ -139,20 +140,29 @@ def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counter
             tensors |= part.tensors(prefix)
         dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
 
-    def finish():
+    def flush():
         own = sorted(aside.iterdir())[world.rank::world.size]
         sync(own)
-        sums = merge_over_ranks({file.name: checksum(file) for file in own}, world)
-        if world.is_main:
-            (aside / "state.json").write_text(json.dumps({"step": step, **counters, "sha256": sums}))
-            sync([aside / "state.json"])
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
-            for old in checkpoints(stage)[:-keep]:
-                shutil.rmtree(old)
+        sums.update({file.name: checksum(file) for file in own})
+
+    def finish():
+        state = {"step": step, **counters, "sha256": dict(sorted(all_sums.items()))}
+        (aside / "state.json").write_text(json.dumps(state | {"own_sha256": json_checksum(state)}))
+        sync([aside / "state.json"])
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        for old in [*checkpoints(stage)[:-keep], *folder.parent.glob("*.partial")]:
+            shutil.rmtree(old)
     together(lambda: world.is_main and aside_of(folder))
     together(write)
-    together(finish)
+    sums = {}
+    together(flush)                                      # nobody waits for sums of a rank that has failed
+    all_sums = merge_over_ranks(sums, world)
+    together(lambda: world.is_main and finish())
+
+
+def json_checksum(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def checkpoints(stage: Path) -> list[Path]:
@@ -163,8 +173,9 @@ def checkpoints(stage: Path) -> list[Path]:
 def is_whole(folder: Path, world: World) -> bool:
     """Whether a checkpoint is what was written: every file is there and its checksum fits. Each rank reads some."""
     try:
-        sums = json.loads((folder / "state.json").read_text())["sha256"]
-        bad = not sums or any(checksum(folder / name) != sums[name] for name in sorted(sums)[world.rank::world.size])
+        state = json.loads((folder / "state.json").read_text())
+        sums, own = state["sha256"], state.pop("own_sha256")
+        bad = not sums or own != json_checksum(state) or state["step"] != int(folder.name) or any(checksum(folder / name) != sums[name] for name in sorted(sums)[world.rank::world.size])
     except (OSError, ValueError, KeyError, TypeError):
         bad = True
     return sum_over_ranks(float(bad), world=world)[0] == 0
@@ -177,7 +188,7 @@ def load_checkpoint(stage: Path, parts: dict[str, Trainable], world: World, say=
     A damaged checkpoint is named and the one before it used. Raises ValueError for one of another network, or when all
     are damaged.
     """
-    found = checkpoints(stage)
+    found = on_main(lambda: checkpoints(stage), world)
     if not found:
         return {}
     while found and not is_whole(found[-1], world):
@@ -207,6 +218,7 @@ def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool, a
     write_tensors(aside, {name: (tensor.shape, tensor.dtype, partial(whole, tensor)) for name, tensor in weights.items()},
                   metadata, is_main)
     if is_main:
+        sync([aside])
         aside.rename(stage / "model.safetensors")
 
 

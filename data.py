@@ -143,7 +143,8 @@ def fit_frame(frame: np.ndarray, height: int, width: int) -> torch.Tensor:
 
 class Shards:
     """A folder of latents and prompt features: safetensors shards, each with `latents` (n, F, C, h, w), `text` (n, T, D) and
-    its captions, and manifest.json, which lists them with counts and checksums.
+    its captions, and manifest.json, which lists them with counts and checksums. For image-to-video networks also what these
+    are told of the first frame: `image` (n, I, image_dim) and `known` (n, F, image_channels, h, w), see model.Context.
 
     Raises ValueError for a shard that is missing or not as long as the manifest says; `python data.py check` reads all.
     """
@@ -166,23 +167,26 @@ class Shards:
         self.null_text = load_file(self.path / "null_text.safetensors")["text"].float()      # (T, D)
         if not self.places:
             raise ValueError(f"{path}: no clip in any shard")
+        with safe_open(self.path / self.places[0][0], "pt") as file:
+            self.picture = [name for name in ("image", "known") if name in file.keys()]
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def draw(self, indices, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (B, F, C, h, w) and prompt features (B, T, D), float32. Each len(self) consecutive indices show every
-        clip once, in an order given by (seed, epoch)."""
-        latents, texts, orders = [], [], {}
+    def draw(self, indices, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Latents (B, F, C, h, w), prompt features (B, T, D) and, by name, what is known of first frames (`picture`), float32.
+        Each len(self) consecutive indices show every clip once, in an order given by (seed, epoch)."""
+        rows, orders = {name: [] for name in ("latents", "text", *self.picture)}, {}
         for index in map(int, indices):
             epoch, place = divmod(index, len(self))
             if epoch not in orders:
                 orders[epoch] = np.random.default_rng([1, seed, epoch]).permutation(len(self))
             name, row = self.places[orders[epoch][place]]
             with safe_open(self.path / name, "pt") as file:
-                latents.append(file.get_slice("latents")[row].float())
-                texts.append(file.get_slice("text")[row].float())
-        return torch.stack(latents), torch.stack(texts)
+                for kind in rows:
+                    rows[kind].append(file.get_slice(kind)[row].float())
+        batch = {kind: torch.stack(values) for kind, values in rows.items()}
+        return batch.pop("latents"), batch.pop("text"), batch
 
 
 class ShardWriter:
@@ -214,9 +218,9 @@ class ShardWriter:
             self.done |= set(keys)
             self.shards.append((file, len(keys)))
 
-    def add(self, key: str, latents: torch.Tensor, text: torch.Tensor, caption: str) -> None:
-        """latents (F, C, h, w) and text (T, D), in the type to be stored; key names the clip."""
-        self.rows.append((key, latents.cpu(), text.cpu(), caption))
+    def add(self, key: str, caption: str, **tensors: torch.Tensor) -> None:
+        """The tensors of a clip by the names that `Shards` has for them, in the type to be stored; key names the clip."""
+        self.rows.append((key, caption, {name: tensor.cpu() for name, tensor in tensors.items()}))
         self.done.add(key)
         if len(self.rows) >= self.size:
             self.flush()
@@ -224,10 +228,10 @@ class ShardWriter:
     def flush(self) -> None:
         if not self.rows:
             return
-        keys, latents, texts, captions = zip(*self.rows)
+        keys, captions, clips = zip(*self.rows)
         file = self.folder / f"part-{self.part}-of-{self.parts}-{len(self.shards):05d}.safetensors"
         aside = file.with_suffix(".partial")
-        save_file({"latents": torch.stack(latents), "text": torch.stack(texts)}, aside,
+        save_file({name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}, aside,
                   metadata={"keys": json.dumps(keys), "captions": json.dumps(captions)})
         aside.rename(file)
         self.shards.append((file, len(keys)))
@@ -292,6 +296,8 @@ def encode(args, parser) -> None:
         parser.error(f"--frames {args.frames} must be {codec.stride} n + 1, --height {args.height} and --width {args.width} "
                      f"multiples of {sides}")
     text = encoders.WanText(args.base, device, args.text_length)
+    # Of a base whose networks see the first frame's features (Wan2.1-I2V) these are written too.
+    picture = encoders.WanPicture(args.base, device) if (args.base / "image_encoder").is_dir() else None
     fps = args.fps or codec.fps
     made_by = {"base": args.base.resolve().name, "fps": fps} | {name: getattr(args, name) for name in (
         "frames", "height", "width", "text_length", "dtype")}
@@ -305,8 +311,11 @@ def encode(args, parser) -> None:
             problems.append(f"{file.name}: {(str(error) or type(error).__name__).splitlines()[0]}")
             skipped += 1
             continue
-        latents = codec.encode(video[None].float() / 127.5 - 1)[0]
-        writer.add(file.name, latents.to(dtype), text([captions[file.name]])[0].to(dtype), captions[file.name])
+        pixels = video[None].float() / 127.5 - 1
+        tensors = {"latents": codec.encode(pixels), "text": text([captions[file.name]])}
+        if picture:
+            tensors |= {"image": picture(video[0]), "known": codec.known(pixels[:, 0], tensors["latents"].shape[1])}
+        writer.add(file.name, captions[file.name], **{name: tensor[0].to(dtype) for name, tensor in tensors.items()})
     for problem in problems:
         print(f"skipped {problem}", file=sys.stderr)
     last = writer.close(text([encoders.NEGATIVE_PROMPT])[0].to(dtype))

@@ -107,18 +107,25 @@ def merge_over_ranks(values: dict, world: World) -> dict:
     return {key: value for part in found for key, value in part.items()}
 
 
+def on_main(decide, world: World):
+    """decide() of rank 0, on every rank: on a network disk, ranks may see different files."""
+    return merge_over_ranks({"it": decide()} if world.is_main else {}, world)["it"]
+
+
 def barrier(world: World) -> None:
     """Wait until every rank is here (rank 0 has written what the others read)."""
     sum_over_ranks(0.0, world=world)
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that a run ends after its update instead of in it. A second SIGINT ends it at once."""
+    """Notes SIGTERM, SIGINT and SIGUSR1, so that a run ends after its update instead of in it, until `restore`. A second SIGINT
+    ends it at once. SIGUSR1 is for schedulers: torchrun does not wait for workers that have SIGTERM longer than its
+    --shutdown-timeout."""
 
     def __init__(self):
         self.seen, self.before = False, {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def note(self, number, frame):
         self.seen = True
@@ -126,10 +133,7 @@ class StopSignal:
 
     def on_any_rank(self, world: World) -> bool:
         """Ranks hear a signal at different moments, but must stop after the same update."""
-        stop = sum_over_ranks(float(self.seen), world=world)[0] > 0
-        if stop:
-            self.restore()
-        return stop
+        return sum_over_ranks(float(self.seen), world=world)[0] > 0
 
     def restore(self) -> None:
         for number, handler in self.before.items():

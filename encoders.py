@@ -117,16 +117,17 @@ def split_words(caption: str) -> list[str]:
 
 class Encoded:
     """A set of clips (data.py) behind the two stand-in encoders, with the interface of data.Shards."""
+    picture = ()
 
     def __init__(self, dataset, codec: PatchPCA, words: Words):
         self.dataset, self.codec, self.words = dataset, codec, words
         self.null_text = words([""])[0]                                             # (T, D)
         self.latent_shape = tuple(codec.encode(dataset.clips([0])[0]).shape[1:])    # (F, C, h, w)
 
-    def draw(self, indices, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (B, F, C, h, w) and prompt features (B, T, D) of clips that are functions of (seed, index)."""
+    def draw(self, indices, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Latents (B, F, C, h, w) and prompt features (B, T, D) of clips that are functions of (seed, index); no pictures."""
         video, captions = self.dataset.clips(indices, seed=seed)
-        return self.codec.encode(video), self.words(captions)
+        return self.codec.encode(video), self.words(captions), {}
 
 
 # What Wan was given as the empty prompt: the standard negative one of its authors.

@@ -30,7 +30,7 @@ class LowRank(nn.Module):
         self.scale = scale
 
     def forward(self, x):
-        return self.scale * F.linear(F.linear(x, self.down), self.up)
+        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
 
 def add_adapter(network: nn.Module, name: str, rank: int, alpha: float) -> None:

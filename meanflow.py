@@ -61,7 +61,7 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped, guidance
     target = v
     if all_ranks_differentiate or gap.any():
         rows = gap.nonzero().squeeze(1) if gap.any() else torch.zeros(1, dtype=torch.long, device=t.device)
-        u = conditioned(network, context[rows])
+        u = conditioned(network, context if len(rows) == len(t) else context[rows])       # a long past is large to copy
         level = r[rows] if gap.any() else torch.zeros_like(t[rows])     # a row with r = t would have no room for the difference
         dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], level, v[rows], epsilon)
         target = v.index_add(0, rows, -expand((t - r)[rows] / w[rows], dF_dt) * dF_dt)

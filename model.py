@@ -143,14 +143,15 @@ class Context:
 
 
 class Linear(nn.Linear):
-    """A Linear that may carry low-rank adapters (lora.py), of which a call names the one to add."""
+    """A Linear that multiplies in the type of its input, and may carry low-rank adapters (lora.py), of which a call names the
+    one to add."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__(dim_in, dim_out)
         self.adapters = nn.ModuleDict()
 
     def forward(self, x, adapter: str = ""):
-        y = super().forward(x)
+        y = F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
         return y + self.adapters[adapter](x) if adapter in self.adapters else y
 
 
@@ -248,15 +249,15 @@ class Block(nn.Module):
     def compute(self, x, modulation, text, image, rope, spans, past, adapter):
         # Modulation depends on the frame only and broadcasts over its tokens: never expanded to (B, L, 6, D).
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).unsqueeze(3).unbind(2)
-        size = x.shape[1:3]
-        h = (layer_norm(x) * (1 + scale1) + shift1).type_as(x).flatten(1, 2)                 # (B, L, D)
+        size, dtype = x.shape[1:3], self.ffn.up.weight.dtype
+        h = (layer_norm(x) * (1 + scale1) + shift1).to(dtype).flatten(1, 2)                  # (B, L, D)
         own = self.self_attn.memory(h, adapter)
         k, v = (torch.cat([*before, now], 1) for *before, now in zip(*past, own)) if past else own
         x = (x.float() + gate1 * self.self_attn(h, k, v, rope=rope, spans=spans, adapter=adapter).unflatten(1, size)).type_as(x)
-        h = layer_norm(x, self.norm_cross.weight, self.norm_cross.bias).type_as(x).flatten(1, 2)
+        h = layer_norm(x, self.norm_cross.weight, self.norm_cross.bias).to(dtype).flatten(1, 2)
         text = text if isinstance(text, tuple) else self.cross_memory(text, image)
         x = x + self.cross_attn(h, *text).unflatten(1, size)
-        h = (layer_norm(x) * (1 + scale2) + shift2).type_as(x)                               # (B, F, S, D)
+        h = (layer_norm(x) * (1 + scale2) + shift2).to(dtype)                                # (B, F, S, D)
         return (x.float() + gate2 * self.ffn(h, adapter)).type_as(x), own
 
 
@@ -280,8 +281,12 @@ class PatchEmbed(nn.Module):
 
 
 class FlowMapDiT(nn.Module):
-    """u(z, t, r, text). Weights may be bf16 (under FSDP's mixed precision, say); times, norms, modulation, the
-    residual sums and the returned velocity are fp32."""
+    """u(z, t, r, text). Weights may be bf16 (under FSDP's mixed precision, say), which is then what blocks multiply in; times,
+    norms, modulation and residual sums are computed, and the velocity returned, in fp32.
+
+    With a backward pass to come, what is kept between blocks is rounded to the weights' type, as are the embedded times.
+    Without one (the finite difference, the scores of DMD, sampling) nothing is: there small differences of two calls count.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -294,13 +299,13 @@ class FlowMapDiT(nn.Module):
         self.time_embed = MLP(c.freq_dim, c.dim, c.dim, F.silu)                     # E
         if c.second_time:
             self.r_embed = MLP(c.freq_dim, c.dim, c.dim, F.silu)                    # E', starts as a copy of E
-        self.time_proj = nn.Linear(c.dim, 6 * c.dim)
+        self.time_proj = Linear(c.dim, 6 * c.dim)
         self.text_embed = MLP(c.text_dim, c.dim, c.dim, gelu)
         if c.image_dim:
             self.image_embed = ImageEmbed(c.image_dim, c.dim)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.head_modulation = nn.Parameter(torch.zeros(1, 2, c.dim))
-        self.head = nn.Linear(c.dim, c.patch * c.patch * c.channels)
+        self.head = Linear(c.dim, c.patch * c.patch * c.channels)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> "FlowMapDiT":
@@ -375,9 +380,13 @@ class FlowMapDiT(nn.Module):
         text = self.text_embed(text.to(self.time_proj.weight.dtype))
         return text, None if image is None else self.image_embed(image)
 
+    def stream_type(self) -> torch.dtype:
+        """Of what runs through the network, see the class."""
+        return self.time_proj.weight.dtype if torch.is_grad_enabled() else torch.float32
+
     def embed_times(self, t, r, adapter: str = ""):
         """e (B, F or 1, D), the mixed embedding of both times."""
-        c, dtype = self.config, self.time_proj.weight.dtype
+        c, dtype = self.config, self.stream_type()
         e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype), adapter)
         if c.second_time:
             e = (1 - c.gate) * e + c.gate * self.r_embed(time_features(r, c.freq_dim, c.time_scale).to(dtype), adapter)
@@ -410,7 +419,7 @@ class FlowMapDiT(nn.Module):
         if isinstance(text, torch.Tensor):
             text, image = self.embed_words(text, context.image)
             text = [text] * c.layers
-        x = embed(torch.cat([z, *known], 2) if known else z, context.adapter)       # (B, F, S, D)
+        x = embed(torch.cat([z, *known], 2) if known else z, context.adapter).to(self.stream_type())     # (B, F, S, D)
         spans, layers = attention_spans(context, chunks, x.shape[2], sees_earlier_own=encoding), []
         for i, block in enumerate(self.blocks):
             x, memory = block(x, modulation, text[i], image, rope, spans, tuple(chunk.memory[i] for chunk in context.past),
@@ -436,17 +445,18 @@ def attention_spans(context: Context, chunks, tokens: int, sees_earlier_own: boo
     return spans
 
 
-def teacher_forced(network, x: torch.Tensor, text, chunks, full_chunks: int) -> Context:
+def teacher_forced(network, x: torch.Tensor, context, chunks, full_chunks: int) -> Context:
     """The context in which the last chunks of a clip are trained (METHOD section 7): each sees the clean chunks before.
 
-    x (B, F, C, H, W) clean latents, chunks: frames of each chunk, adding up to F. The last `full_chunks` are the ones to
+    x (B, F, C, H, W) clean latents, context: prompt features alone, or a Context without a past, chunks: frames of each
+    chunk, adding up to F. The last `full_chunks` are the ones to
     be trained, older ones are compressed; 0 trains all and compresses none. The context's `start` is the first frame
     to be trained. A single chunk makes the bidirectional context: nothing but the prompt.
     """
     old, new = (tuple(chunks[:-full_chunks]), tuple(chunks[-full_chunks:])) if full_chunks else ((), tuple(chunks))
-    context = Context(text, start=sum(old), chunks=new)
-    if old:
-        context = replace(context, past=network.encode(x[:, :sum(old)], Context(text, chunks=old), compressed=True))
+    context = context if isinstance(context, Context) else Context(context)
+    past = network.encode(x[:, :sum(old)], replace(context, chunks=old), compressed=True) if old else ()
+    context = replace(context, past=past, start=sum(old), chunks=new)
     if len(new) > 1:                                 # nobody sees the clean copy of the last chunk
         clean = network.encode(x[:, sum(old):sum(chunks[:-1])], replace(context, chunks=new[:-1]))
         context = replace(context, past=context.past + clean)

@@ -13,11 +13,12 @@ sample), so a killed run resumes bit for bit and a global batch is the same howe
 import dataclasses
 import json
 import math
-from functools import partial
+import os
 import shutil
 import subprocess
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,7 +109,7 @@ class Config:
 
 
 # The released recipe, for Wan2.1 (METHOD section 8).
-COMMON = dict(bf16=True, checkpointing=True, lora_rank=256)
+COMMON = dict(bf16=True, checkpointing=True, lora_rank=256, micro_batch=1, save_every=20)
 WAN = {
     "pretrain": dict(COMMON, steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000),
     "flowmap": dict(COMMON, steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000, guidance=3.0),
@@ -164,10 +165,12 @@ def parse_config(argv=None) -> Config:
     before = previous_stage(stage)
     run = Path(given.get("run_dir") or f"runs/{given.get('preset', Config.preset)}-"
                                    f"{Path(given.get('data', Config.data)).name}{'-causal' * given.get('causal', False)}")
-    inherited = {}
-    if before and (run / before / "config.json").exists():
-        record = json.loads((run / before / "config.json").read_text())["config"]
-        inherited = {name: record[name] for name in INHERITED}
+    # A stage that was begun goes on with its own settings; a new one takes some over from the stage before it.
+    inherited, own = {}, [field.name for field in dataclasses.fields(Config) if field.name != "fresh"]
+    for folder, names in ((run / stage, [] if given.get("fresh") else own), (run / str(before), INHERITED)):
+        if not inherited and (folder / "config.json").exists():
+            record = json.loads((folder / "config.json").read_text())["config"]
+            inherited = {name: record[name] for name in names if name in record}
     values = inherited | given | {"run_dir": str(run)}
     preset = values.get("preset", Config.preset)
     recipe = RECIPES[preset][stage] | RECIPES.get(f"{preset}-causal" if values.get("causal") else "", {}).get(stage, {})
@@ -225,6 +228,7 @@ class Batch:
     n: torch.Tensor                  # noise (B, frames that are trained, C, H, W)
     text: torch.Tensor               # prompts (B, T, text_dim)
     null_text: torch.Tensor          # empty prompts
+    picture: dict                    # what an image-to-video network is told of first frames, by the names of model.Context
     slots: torch.Tensor              # (B,) places in the global batch
     chunks: tuple
     start: int
@@ -277,10 +281,12 @@ def train(c: Config) -> Path:
                          f"{per_step // world.size} samples (--micro-batch)")
     micro_batch, micro_steps = per_step // world.size, c.batch_size // per_step
     cli.check_folder(stage, "--run-dir")
-    if (stage / "config.json").exists() and not c.fresh:
+    # A restart of the same command, by torchrun or the scheduler, goes on with what the first try has saved.
+    fresh = c.fresh and not any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if (stage / "config.json").exists() and not fresh:
         saved = json.loads((stage / "config.json").read_text())["config"]
         for field in dataclasses.fields(Config):
-            if field.name not in CHANGEABLE and saved[field.name] != getattr(c, field.name):
+            if field.name in saved and field.name not in CHANGEABLE and saved[field.name] != getattr(c, field.name):
                 raise ValueError(f"{stage} was started with {field.name} = {saved[field.name]}, not "
                                  f"{getattr(c, field.name)}: use --fresh to start it anew, or another --run-dir")
 
@@ -291,7 +297,7 @@ def train(c: Config) -> Path:
         if not isinstance(source, data.Shards):
             # Fitted once, by the first stage.
             places = [Path(origin or "none") / codec_file.name]
-            places += [codec_file] if codec_file.exists() and not c.fresh else []
+            places += [codec_file] if codec_file.exists() and not fresh else []
             codec = (encoders.PatchPCA.from_state(load_file(places[-1])) if places[-1].exists() else
                      encoders.PatchPCA.fit(source.clips(range(1024), seed=c.seed)[0], PRESETS[c.preset].channels))
             words = encoders.Words.of(source.captions, PRESETS[c.preset].text_dim)
@@ -316,15 +322,16 @@ def train(c: Config) -> Path:
         extra = len(all_chunks) - full_chunks
         chunks = all_chunks[:full_chunks + (int(count * (extra + 1)) if extra > 0 and coin < 0.5 else 0)]
         start, stop = sum(chunks[:-full_chunks]), sum(chunks)
-        x, text = source.draw((step * c.batch_size + slots).tolist(), seed=len(STAGES) * c.seed + STAGES.index(c.stage))
+        x, text, picture = source.draw((step * c.batch_size + slots).tolist(), seed=len(STAGES) * c.seed + STAGES.index(c.stage))
         n = noise(latent_shape, step, "noise", slots=slots)
         tensors = x[:, :stop], n[:, start:stop], text, source.null_text.expand_as(text)
-        return Batch(*(tensor.to(world.device) for tensor in tensors), slots, chunks, start)
+        picture = {name: picture[name].to(world.device) for name in wanted}
+        return Batch(*(tensor.to(world.device) for tensor in tensors), picture, slots, chunks, start)
 
     def context(net, batch: Batch, text, z_0=None) -> Context:
         """The prompt and the clean chunks that each trained chunk may see: the data's, or the samples z_0."""
         x = batch.x if z_0 is None else torch.cat([batch.x[:, :batch.start], z_0.detach()], 1)
-        return teacher_forced(net, x, text, batch.chunks, c.full_chunks)
+        return teacher_forced(net, x, Context(text, **batch.picture), batch.chunks, c.full_chunks)
 
     def drop_text(step: int, batch: Batch):
         """Which prompts are dropped (B,), a fraction text_drop, and the prompts with the empty one in their place."""
@@ -345,7 +352,8 @@ def train(c: Config) -> Path:
                 lora.add_adapter(net, name, c.lora_rank, c.lora_alpha)
         for block in net.blocks:
             block.checkpointing = c.checkpointing
-            if c.compile:
+            if c.compile:                                # a block is called with many adapters, pasts, and with and without gradient
+                torch._dynamo.config.recompile_limit = 64
                 block.compile()
         net = distributed.shard(net, world, c.bf16, c.shard).to_empty(device=world.device)
         checkpoint.load_weights(net, state, origin)
@@ -388,9 +396,10 @@ def train(c: Config) -> Path:
             raise ValueError(f"--base {origin} is a flow map already, and a teacher knows one time only: go on with it by --stage "
                              f"flowmap --base {origin}, or give flow-matching weights")
         config, state = wan.load(origin, second_time=c.stage != "pretrain", compressed=compressed)
-    if config.image_channels:
-        raise ValueError(f"{origin} is an image-to-video network, and --data has no pictures: take text-to-video weights; clips "
-                         f"that it makes can be trained on (sample.py --save-latents)")
+    wanted = ["known"] * (config.image_channels > 0) + ["image"] * (config.image_dim > 0)
+    if not set(wanted) <= set(source.picture):
+        raise ValueError(f"{origin} is an image-to-video network, and --data {c.data} has no first frames: make shards with `python "
+                         f"data.py encode --base` and the pipeline folder of these weights")
     if config.channels != latent_shape[1] or config.text_dim != source.null_text.shape[1]:
         raise ValueError(f"{origin} works on {config.channels} channels and prompts of width {config.text_dim}, but --data "
                          f"{c.data} has {latent_shape[1]} and {source.null_text.shape[1]}")
@@ -410,7 +419,7 @@ def train(c: Config) -> Path:
 
     # --- everything is in order: the folder, and what is saved in it
     if world.is_main:
-        if c.fresh:
+        if fresh:
             shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True, exist_ok=True)
         if record and not codec_file.exists():
@@ -421,7 +430,7 @@ def train(c: Config) -> Path:
         source.codec = encoders.PatchPCA.from_state(load_file(codec_file))
     counters = checkpoint.load_checkpoint(stage, parts, world, say)
     first, skipped = counters.get("step", 0), counters.get("skipped", 0)
-    if first >= c.steps and (stage / "model.safetensors").exists():
+    if first >= c.steps and distributed.on_main((stage / "model.safetensors").exists, world):
         say(f"stage {c.stage} is finished in {stage} ({first} updates); --fresh trains it anew")
         return stage
     if world.is_main:
@@ -465,12 +474,13 @@ def train(c: Config) -> Path:
                                       context(student_net, batch, text), null_context, dropped,
                                       c.guidance, c.epsilon, c.derivative,
                                       all_ranks_differentiate=bool((r_all[micro] < t_all[micro]).any()))
+        del null_context                                  # keys and values of a whole clip that the backward pass does not need
         flow, detached = r == t, err.detach()
-        sums = distributed.sum_over_ranks(detached[flow].sum().item(), int(flow.sum()), detached.sum().item(), world=world)
+        sums = distributed.sum_over_ranks(detached[flow].sum().item(), int(flow.sum()), world=world)
         flow_errors[0] += sums[0]
         flow_errors[1] += sums[1]
-        # Without an r = t sample (a global batch of 1 may have none) the micro-batch's own mean sets the scale.
-        mu = flow_errors[0] / flow_errors[1] if flow_errors[1] else sums[2] / per_step
+        # Without an r = t sample (a global batch of 1 may have none) 1 sets the scale, about the error of u = 0.
+        mu = flow_errors[0] / flow_errors[1] if flow_errors[1] else 1.0
         weight = flowmap.time_weight(t, c.time_weight, c.shift)
         loss = meanflow.balanced_loss(err, t, r, weight, mu, c.weight_before_balance)
         for name, rows in (("err_flow", flow), ("err_free", ~flow & (r > 0)), ("err_consistency", ~flow & (r == 0))):
@@ -494,11 +504,11 @@ def train(c: Config) -> Path:
             return backward_sim.consistency_simulation(u, z, grid, renoise)
 
         with torch.no_grad():                             # the compressed context is the data's
-            new = batch.chunks[-full_chunks:]
-            start = Context(batch.text, chunks=batch.chunks[:-full_chunks])
-            past = student_net.encode(batch.x[:, :batch.start], start, compressed=True) if batch.start else ()
+            new, known = batch.chunks[-full_chunks:], Context(batch.text, **batch.picture)
+            old = dataclasses.replace(known, chunks=batch.chunks[:-full_chunks])
+            past = student_net.encode(batch.x[:, :batch.start], old, compressed=True) if batch.start else ()
         chunks = backward_sim.chunk_by_chunk(jump, lambda context, z_0: remember(student_net, context, z_0, full_chunks=0),
-                                             Context(batch.text, past, batch.start), z_1, new)
+                                             dataclasses.replace(known, past=past, start=batch.start), z_1, new)
         return torch.cat(list(chunks), 1)
 
     def dmd_student_loss(step: int, batch: Batch, last: bool) -> torch.Tensor:
@@ -582,14 +592,15 @@ def train(c: Config) -> Path:
             checkpoint.save_checkpoint(stage, step + 1, parts, {"skipped": skipped}, world)
         if stop and step + 1 < c.steps:
             bar.close()
-            say(f"stopped by a signal after update {step + 1} of {c.steps}, which is saved. The same command goes on:\n"
-                f"    python train.py --stage {c.stage} --run-dir {run}")
+            stopping.restore()
+            say(f"stopped by a signal after update {step + 1} of {c.steps}, which is saved. To go on (under torchrun with any number "
+                f"of processes):\n    python train.py --stage {c.stage} --run-dir {run}")
             return stage
     bar.close()
-    stopping.restore()
     adapter = {"rank": c.lora_rank, "alpha": c.lora_alpha, "base": str(Path(origin).resolve()), "targets": [*lora.TARGETS, *lora.REPLACED]}
     checkpoint.save_model(stage, student.ema, config, world.is_main, adapter if c.lora_rank else None)
     barrier(world)
+    stopping.restore()
     say(f"stage {c.stage}: finished, {stage / 'model.safetensors'}")
     return stage
 

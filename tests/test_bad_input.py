@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
     (folder / "empty").mkdir()
     writer = data.ShardWriter(folder / "shards", {"frames": 8})
     for i in range(2):
-        writer.add(f"{i}", torch.randn(4, 48, 4, 4), torch.randn(3, 64), "a red box")
+        writer.add(f"{i}", "a red box", latents=torch.randn(4, 48, 4, 4), text=torch.randn(3, 64))
     writer.close(torch.zeros(3, 64))
     for name in ("shards-cut", "shards-flipped", "shards-json", "shards-old"):
         shutil.copytree(folder / "shards", folder / name)

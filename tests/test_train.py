@@ -129,7 +129,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(either, tmp_path, stage, m
     assert log_rows(finished / stage) == log_rows(tmp_path / "run" / stage)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no record", "half-written"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no record", "flipped record", "half-written"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path, damage, capsys):
     link_stages(finished, tmp_path / "run", "flowmap")
     folder = run_stage(tmp_path / "run", "flowmap", "--save-every", "4")
@@ -142,6 +142,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_
         (newest / STATE).write_bytes(state[:-9] + bytes([state[-9] ^ 4]) + state[-8:])
     elif damage == "no record":
         (newest / "state.json").unlink()
+    elif damage == "flipped record":
+        (newest / "state.json").write_text((newest / "state.json").read_text().replace('"skipped": 0', '"skipped": 1'))
     else:
         newest.rename(newest.with_name(newest.name + ".partial"))          # killed before the rename
     (folder / "model.safetensors").unlink()
@@ -174,6 +176,51 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch):
     same_files(tmp_path / "run" / "flowmap" / "model.safetensors", finished / "flowmap" / "model.safetensors")
 
 
+FAILS_ON_ONE_RANK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import checkpoint, cli, distributed, train
+
+def full(files, sync=checkpoint.sync):
+    if os.environ["RANK"] == "1":
+        raise OSError(28, "No space left on device")
+    sync(files)
+checkpoint.sync = full
+cli.run(train.main)
+"""
+
+
+def test_a_full_disk_of_one_process_ends_both(tmp_path):
+    """Nobody waits for a rank that could not write its shards."""
+    (tmp_path / "script.py").write_text(FAILS_ON_ONE_RANK.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "script.py"),
+               "--preset", "tiny", "--steps", "2", "--run-dir", str(tmp_path / "run")]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert out.returncode and "cannot write" in out.stderr and "No space left on device" in out.stderr
+    assert not checkpoint.checkpoints(tmp_path / "run" / "pretrain")
+
+
+def test_a_restart_of_a_fresh_start_goes_on(finished, tmp_path, monkeypatch, capsys):
+    link_stages(finished, tmp_path / "run", "flowmap")
+    run_stage(tmp_path / "run", "flowmap", "--fresh", "--steps", "6")
+    for count, resumed in (("1", True), ("0", False)):           # torchrun tells which try this is
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        run_stage(tmp_path / "run", "flowmap", "--fresh", "--steps", "8")
+        out = capsys.readouterr()
+        assert ("resumed from update 6" in out.out + out.err) == resumed
+
+
+def test_signals_are_noted_until_the_run_has_saved():
+    world, before = distributed.World(0, 1, torch.device("cpu")), signal.getsignal(signal.SIGTERM)
+    stopping = distributed.StopSignal()
+    assert not stopping.on_any_rank(world)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        os.kill(os.getpid(), number)                             # would end this process
+        assert stopping.on_any_rank(world)
+    stopping.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_ends_a_run_cleanly_and_it_goes_on(tmp_path, processes):
     """SIGTERM in the middle: exit code 0, a checkpoint, and the command that goes on; then the same bits as never stopped."""
@@ -195,7 +242,7 @@ def test_a_signal_ends_a_run_cleanly_and_it_goes_on(tmp_path, processes):
     step = int(checkpoint.checkpoints(tmp_path / "run" / "pretrain")[-1].name)
     assert 3 < step < 400
     if processes == 1:
-        run_stage(tmp_path / "run", "pretrain", *flags[2:-1])
+        train.train(train.parse_config(out.split("train.py ")[-1].split()))
         run_stage(tmp_path / "whole", "pretrain", *flags[2:-1])
         same_files(tmp_path / "run" / "pretrain" / "model.safetensors", tmp_path / "whole" / "pretrain" / "model.safetensors")
 
@@ -216,12 +263,13 @@ def test_no_stage_draws_what_another_drew(finished, tmp_path, monkeypatch):
     assert sum(map(len, drawn.values())) == len(set().union(*drawn.values()))
 
 
-def test_a_fresh_rollout_leaves_the_weights_sharded_for_the_checkpoint(finished, tmp_path):
+def test_a_fresh_rollout_leaves_the_weights_sharded_for_the_checkpoint(either, tmp_path):
     """Its calls, without gradient, are the student's last of an update. With bf16 one process shards, too."""
+    finished, kind = either
     for name, ends in (("whole", ("6",)), ("run", ("3", "6"))):
         link_stages(finished, tmp_path / name, "distill")
         for steps in ends:
-            run_stage(tmp_path / name, "distill", "--fake-rollout", "fresh", "--bf16", "--steps", steps)
+            run_stage(tmp_path / name, "distill", "--fake-rollout", "fresh", "--bf16", "--steps", steps, *kind)
     same_files(*(tmp_path / name / "distill" / "checkpoints" / "00000006" / STATE for name in ("run", "whole")))
 
 

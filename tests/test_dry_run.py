@@ -65,18 +65,21 @@ def videos(tmp_path_factory):
     return folder
 
 
+def encode(base, videos, out, *flags):
+    data.main(["encode", "--videos", str(videos), "--base", str(base), "--out", str(out), *SIZE, "--text-length", "8",
+               "--clips-per-shard", "2", "--dtype", "float32", *flags])
+    return out
+
+
 @pytest.fixture(scope="module")
 def shards(base, videos, tmp_path_factory):
-    out = tmp_path_factory.mktemp("shards") / "out"
-    data.main(["encode", "--videos", str(videos), "--base", str(base), "--out", str(out), *SIZE, "--text-length", "8",
-               "--clips-per-shard", "2", "--dtype", "float32"])
-    return out
+    return encode(base, videos, tmp_path_factory.mktemp("shards") / "out")
 
 
 def test_shards_hold_what_the_encoders_say(base, videos, shards, capsys):
     found = data.Shards(shards)
     assert len(found) == 3 and found.latent_shape == (3, 16, 4, 8) and found.text_shape == (8, 20)
-    latents, text = found.draw(range(3), seed=5)
+    latents, text, _ = found.draw(range(3), seed=5)
     codec, words = encoders.WanCodec(base), encoders.WanText(base, length=8)
     rows = [torch.where((text == words([caption])).all(2).all(1))[0].item() for caption in CAPTIONS]
     assert sorted(rows) == [0, 1, 2]
@@ -129,9 +132,12 @@ def test_damaged_shards_are_named(shards, tmp_path):
 
 @pytest.mark.parametrize("rank", ["0", "4"])
 @pytest.mark.parametrize("flags", [[], ["--causal", "--chunks", "1,1,1", "--full-chunks", "2"]])
-def test_three_stages_export_and_the_same_latents_in_diffusers(base, shards, tmp_path, flags, rank, capsys):
+def test_three_stages_export_and_the_same_latents_in_diffusers(base, videos, tmp_path, flags, rank, capsys):
+    """Frames of 128 tokens for the causal network: with others Diffusers' cached step pads with zero keys (LOG.md)."""
     import diffusers
-    run = tmp_path / "run"
+    run, (height, width) = tmp_path / "run", (128, 256) if flags else (32, 64)
+    size = ["--height", str(height), "--width", str(width)]
+    shards = encode(base, videos, tmp_path / "shards", *size)
     for stage in train.STAGES:
         start = ["--base", str(base)] if stage == "pretrain" else []
         train.train(train.parse_config(["--preset", "wan-1.3b", "--stage", stage, "--data", str(shards), "--run-dir", str(run),
@@ -140,21 +146,52 @@ def test_three_stages_export_and_the_same_latents_in_diffusers(base, shards, tmp
     pipe = (diffusers.AnyFlowFARPipeline if flags else diffusers.AnyFlowPipeline).from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
     ours = sample.load_pipeline(run / "distill", base=base)
-    assert sample.load_pipeline(out, base=base, frames=9, height=32, width=64).chunks == ours.chunks
+    again = sample.load_pipeline(out, base=base, frames=9, height=height, width=width)
+    assert (again.chunks, again.latent_shape, again.config["full_chunks"]) == (ours.chunks, ours.latent_shape, 2 if flags else 0)
     ours.words.length = 512
-    z = distributed.noise(ours.latent_shape, "sample", slots=[7])
-    options = dict(latents=z.transpose(1, 2), height=32, width=64, num_frames=9, num_inference_steps=2)
-    grid = flowmap.time_grid(2, 5.0)
-    # With chunks of 8 tokens Diffusers' cached step pads with zero keys (LOG.md): its latents are compared elsewhere.
-    video = pipe(prompt=CAPTIONS[0], output_type="pt", **options).frames
+    z, grid = distributed.noise(ours.latent_shape, "sample", slots=[7]), flowmap.time_grid(2, 5.0)
+    video = pipe(prompt=CAPTIONS[0], output_type="pt", latents=z.transpose(1, 2), height=height, width=width, num_frames=9,
+                 num_inference_steps=2).frames
     mine = sample.generate(ours, [CAPTIONS[0]], [7], grid)
-    assert mine.shape == (1, 9, 3, 32, 64) == video.shape
-    if not flags:
-        torch.testing.assert_close(mine, video * 2 - 1, rtol=1e-3, atol=1e-3)
+    assert mine.shape == (1, 9, 3, height, width) == video.shape
+    torch.testing.assert_close(mine, video * 2 - 1, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sample.generate(again, [CAPTIONS[0]], [7], grid), mine)
     # The same from the command line, from the exported folder, and streamed.
-    sample.main(["--ckpt", str(out), "--base", str(base), "--frames", "9", "--height", "32", "--width", "64", "--steps", "2",
+    sample.main(["--ckpt", str(out), "--base", str(base), "--frames", "9", *size, "--steps", "2",
                  "--prompt", CAPTIONS[0], "--out", str(tmp_path / "clip.mp4"), "--stream"])
     assert iio.imread(tmp_path / "clip.mp4").shape[0] == 9 and "first chunk after" in capsys.readouterr().out
+
+
+def test_far_weights_without_a_config_have_the_released_chunks(base, tmp_path):
+    """As in AnyFlow's own training checkpoints: tensors under `ema`, in Diffusers' layout, and nothing that says how long chunks
+    are. Sampled and exported as the causal network that they are."""
+    import diffusers
+    config, state = wan.load(base, second_time=True, compressed=True)
+    torch.save({"ema": {wan.their_name(name, "diffusers"): state[name] for name in state}, "step": 1}, tmp_path / "weights.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    ours = sample.load_pipeline(tmp_path / "weights.pt", base=base, height=32, width=64)
+    assert ours.chunks == (1, 3, 3, 3, 3, 3, 3, 2) and ours.config["full_chunks"] == 3
+    assert sample.load_pipeline(tmp_path / "weights.pt", base=base, frames=29, height=32, width=64).chunks == (1, 3, 3, 1)
+    out = wan.export(tmp_path / "weights.pt", tmp_path / "out", base)
+    pipe = diffusers.AnyFlowFARPipeline.from_pretrained(out)
+    assert type(pipe.transformer) is diffusers.AnyFlowFARTransformer3DModel
+    assert pipe.transformer.config.chunk_partition == [1, 3, 3, 3, 3, 3, 3, 2]
+    # What a scheduler and a config beside the weights say counts.
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "FlowMapEulerDiscreteScheduler", "shift": 3.0}))
+    assert sample.load_pipeline(out, base=base, height=32, width=64).config["shift"] == 3.0
+    own = json.loads((out / "transformer" / "config.json").read_text())
+    (out / "transformer" / "config.json").write_text(json.dumps(own | {"deltatime_type": "t-r"}))
+    with pytest.raises(ValueError, match="second time is 't-r'"):
+        wan.load(out)
+
+
+def test_shards_of_other_settings_do_not_mix(base, videos, shards, tmp_path, capsys):
+    encode(base, videos, tmp_path / "out")
+    for flags, message in ((["--fps", "8"], "was begun with fps = 16, not 8.0"), (["--frames", "5"], "was begun with frames = 9, not 5")):
+        with pytest.raises(SystemExit):
+            encode(base, videos, tmp_path / "out", *flags)
+        assert message in capsys.readouterr().err
+    assert len(data.Shards(tmp_path / "out")) == 3
 
 
 def test_an_adapter_alone_is_loaded_by_diffusers(base, shards, tmp_path):
@@ -402,8 +439,39 @@ def test_sizes_that_the_autoencoder_cannot_take(base_5b, videos, tmp_path, flags
     assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "4", "--causal", "--chunks", "1,1,1", "--full-chunks", "2"]])
+def test_an_image_to_video_network_is_distilled(base_i2v, videos, shards, tmp_path, flags, monkeypatch):
+    """Shards made with its folder hold what it is told of first frames; three stages see it, also when the prompt is dropped."""
+    out = encode(base_i2v, videos, tmp_path / "shards")
+    found = data.Shards(out)
+    assert found.picture == ["image", "known"] and data.Shards(shards).picture == []
+    latents, _, picture = found.draw(range(3))
+    codec = encoders.WanCodec(base_i2v)
+    for i in range(3):
+        first = data.read_clip(videos / f"{i}.mp4", 9, 32, 64, 16)[0]
+        known = codec.known(first[None].float() / 127.5 - 1, 3)
+        row = (picture["known"] - known).flatten(1).norm(dim=1).argmin()
+        torch.testing.assert_close(picture["known"][row], known[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(picture["image"][row], encoders.WanPicture(base_i2v)(first)[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(latents[row, :1], known[0, :1, 4:], rtol=1e-4, atol=1e-4)      # the first frame is its own latent
+    seen, forward = [], FlowMapDiT.run
+    monkeypatch.setattr(FlowMapDiT, "run", lambda net, z, embed, e, context, **more: seen.append(context) or
+                        forward(net, z, embed, e, context, **more))
+    run = tmp_path / "run"
+    for stage in train.STAGES:
+        start = ["--base", str(base_i2v)] if stage == "pretrain" else []
+        train.train(train.parse_config(["--preset", "wan-1.3b", "--stage", stage, "--data", str(out), "--run-dir", str(run), "--steps", "2",
+                                        "--batch-size", "2", "--no-bf16", "--lr", "1e-3", "--lora-rank", "0", *start, *flags]))
+    assert seen and all(context.known.shape[1:] == (3, 20, 4, 8) and context.image.shape[1:] == (5, 28) for context in seen)
+    picture = tmp_path / "start.png"
+    iio.imwrite(picture, IMAGE.numpy())
+    sample.main(["--ckpt", str(run / "distill"), "--base", str(base_i2v), "--steps", "2", "--prompt", CAPTIONS[0], "--image", str(picture),
+                 "--out", str(tmp_path / "clip.mp4")])
+    assert iio.imread(tmp_path / "clip.mp4").shape[0] == 9
+
+
 def test_what_training_and_export_do_not_do(base_i2v, shards, tmp_path):
-    with pytest.raises(ValueError, match="image-to-video network"):
+    with pytest.raises(ValueError, match="image-to-video network, and --data .* has no first frames: make shards with"):
         train.train(train.parse_config(["--preset", "wan-1.3b", "--data", str(shards), "--run-dir", str(tmp_path / "run"), "--base",
                                         str(base_i2v), "--steps", "1"]))
     with pytest.raises(ValueError, match="no class for a flow map with Wan2.1-I2V"):

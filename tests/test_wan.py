@@ -10,7 +10,7 @@ import backward_sim
 import checkpoint
 import wan
 from distributed import generator
-from flowmap import conditioned, euler_sample, time_grid
+from flowmap import conditioned, euler_sample, first_frames_given, flow_map, time_grid
 from golden import CAUSAL, ROLLOUT, ROLLOUT_SIDES, SMALL, inputs, network, theirs
 from model import PRESETS, Context, FlowMapDiT, remember
 
@@ -205,7 +205,7 @@ def test_a_picture_that_is_missing_or_not_wanted_is_named():
 @pytest.mark.parametrize("causal, first_frame", [(False, False), (False, True), (True, False), (True, True)])
 def test_an_exported_model_samples_alike_in_diffusers(tmp_path, causal, first_frame, steps):
     """Load, export, load in Diffusers, load here again: the same tensors, and the same latents step by step. A first frame that
-    is given to a network of whole clips is at t = 0 there, but its r is that of the others; flowmap.first_frames_given sets both."""
+    is given to a network of whole clips is at t = 0 there, but its r is that of the others (so here); ours is at t = r = 0."""
     diffusers = pytest.importorskip("diffusers", minversion="0.42")
     config, chunks, sides = (ROLLOUT, (1, 2, 1, 1), ROLLOUT_SIDES) if causal else (SMALL, (3,), (4, 2))
     frames = sum(chunks)
@@ -232,12 +232,13 @@ def test_an_exported_model_samples_alike_in_diffusers(tmp_path, causal, first_fr
         write = lambda context, z_0: remember(net, context, z_0, 3)
         ours = torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(text), z, chunks)), 1)
     else:
-        ours, kept = z, given[:, :first_frame]
+        ours, u = z, conditioned(net, text)
+        if first_frame:
+            u = first_frames_given(lambda z, t, r: net(z, t, r.amax(1, keepdim=True).expand_as(r), text), given)
         for i, (t, r) in enumerate(zip(grid, grid[1:])):
-            times = torch.tensor([[0.0] * first_frame + [t] * (frames - first_frame)])
-            ours = ours - (t - r) * net(torch.cat([kept, ours[:, first_frame:]], 1), times, torch.full_like(times, r), text)
+            ours = flow_map(u, ours, torch.tensor([t]), torch.tensor([r]))
             assert (ours - seen[i])[:, first_frame:].abs().max() < 1e-4 * ours.std()
-        ours = torch.cat([kept, ours[:, first_frame:]], 1)
+        ours = torch.cat([given[:, :first_frame], ours[:, first_frame:]], 1)
     assert (ours - theirs).abs().max() < 1e-4 * theirs.std()
 
 

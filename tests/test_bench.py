@@ -10,6 +10,7 @@ import torch
 
 import bench
 from model import PRESETS, FlowMapDiT
+from train import STAGES, parse_config
 
 TINY = bench.Case("pretrain", PRESETS["tiny"], (4, 48, 4, 4), gpus=2, lora_rank=0, checkpointing=False, bf16=False, tokens=8)
 
@@ -38,11 +39,11 @@ def test_what_is_kept_is_counted_exactly():
 
 
 def test_traffic_is_that_of_fsdp():
-    """Pretrain: every weight gathered in forward, those of blocks again in backward, every gradient reduced; half of each
-    comes from the other process. A second micro-batch gathers again and reduces nothing."""
+    """Pretrain: every weight gathered in forward and again in backward, every gradient reduced; half of each comes from the
+    other process. A second micro-batch gathers again and reduces nothing."""
     one, two = bench.plan(TINY), bench.plan(replace(TINY, micro_steps=2))
-    count, blocks = parameters(2, second_time=False), parameters(2, lambda net: net.blocks, second_time=False)
-    assert one["gathered"] == 4 * (count + blocks) and two["gathered"] == 2 * one["gathered"]
+    count = parameters(2, second_time=False)
+    assert one["gathered"] == 2 * 4 * count and two["gathered"] == 2 * one["gathered"]
     assert one["reduced"] == two["reduced"] == 4 * count
 
 
@@ -67,6 +68,13 @@ def test_predicted_is_measured():
     out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "bench.py", "check"],
                          cwd=Path(bench.__file__).parent, env=environment, capture_output=True, text=True, check=True).stdout
     assert int(out.split("measured")[1].split()[0]) == pytest.approx(bench.plan(bench.checked_cases()[0])["peak"], rel=0.15)
+
+
+@pytest.mark.parametrize("preset", ["wan-1.3b", "wan-5b", "wan-14b"])
+def test_recipes_take_as_many_clips_at_once_as_the_plan(preset):
+    for stage in STAGES:
+        c = parse_config(["--preset", preset, "--stage", stage, *(["--base", "weights"] if stage == "pretrain" else [])])
+        assert (c.micro_batch, c.lora_rank, c.checkpointing, c.bf16) == (1, bench.Case.lora_rank, True, True)
 
 
 def test_command_line(capsys):

@@ -221,9 +221,10 @@ def test_signals_are_noted_until_the_run_has_saved():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_ends_a_run_cleanly_and_it_goes_on(tmp_path, processes):
-    """SIGTERM in the middle: exit code 0, a checkpoint, and the command that goes on; then the same bits as never stopped."""
+@pytest.mark.parametrize("processes, to_workers", [(1, False), (2, False), (2, True)])
+def test_a_signal_ends_a_run_cleanly_and_it_goes_on(tmp_path, processes, to_workers):
+    """SIGTERM in the middle: exit code 0, a checkpoint, and the command that goes on; then the same bits as never stopped. Or
+    SIGUSR1 to the workers alone, as the README's SLURM script does: torchrun then ends well, too."""
     launch = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes > 1 else [])
     flags = ["--preset", "tiny", "--steps", "400", "--save-every", "1000", "--log-every", "1", "--run-dir"]
     command = [*launch, "train.py", *flags, str(tmp_path / "run")]
@@ -234,9 +235,12 @@ def test_a_signal_ends_a_run_cleanly_and_it_goes_on(tmp_path, processes):
         if log.exists() and len(log.read_text().splitlines()) > 3:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    if to_workers:
+        subprocess.run(["pkill", "-USR1", "-f", "--", f"-u train.py .*{tmp_path}"], check=True)
+    else:
+        process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=60)[0]
-    if processes == 1:                                           # torchrun passes the signal on, and reports it as its own end
+    if processes == 1 or to_workers:                                           # torchrun passes the signal on, and reports it as its own end
         assert process.returncode == 0, out
     assert "stopped by a signal after update" in out and "python train.py --stage pretrain --run-dir" in out
     step = int(checkpoint.checkpoints(tmp_path / "run" / "pretrain")[-1].name)

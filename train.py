@@ -185,8 +185,8 @@ def parse_config(argv=None) -> Config:
     for name in ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction", "consistency_fraction"):
         if not 0 <= getattr(c, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(c, name)}: must lie in [0, 1]")
-    if not 0 <= c.seed < 300_000:
-        parser.error(f"--seed {c.seed}: must lie in [0, 300000); higher ones are for clips that eval.py holds back")
+    if not 0 <= c.seed < 1_000_000:
+        parser.error(f"--seed {c.seed}: must lie in [0, 1000000); higher ones are for clips that eval.py holds back")
     if c.epsilon > 0.5:
         parser.error(f"--epsilon {c.epsilon}: must be at most 0.5, the half width of all times")
     for name in ("chunks", "full_chunks"):
@@ -261,11 +261,10 @@ def train(c: Config) -> Path:
     say = tqdm.write if world.is_main else (lambda text: None)
 
     def generator(*keys) -> torch.Generator:
-        """What is random in this stage; no stage draws what another drew."""
-        return distributed.generator(c.seed, c.stage, *keys)
+        return distributed.generator(c.seed, *keys)
 
     def noise(shape, *keys, slots) -> torch.Tensor:
-        return distributed.noise(shape, c.seed, c.stage, *keys, slots=slots).to(world.device)
+        return distributed.noise(shape, c.seed, *keys, slots=slots).to(world.device)
 
     # --- the run folder: start, resume, or find the stage finished
     for needed in () if c.base else STAGES[:STAGES.index(c.stage)]:
@@ -322,7 +321,7 @@ def train(c: Config) -> Path:
         extra = len(all_chunks) - full_chunks
         chunks = all_chunks[:full_chunks + (int(count * (extra + 1)) if extra > 0 and coin < 0.5 else 0)]
         start, stop = sum(chunks[:-full_chunks]), sum(chunks)
-        x, text, picture = source.draw((step * c.batch_size + slots).tolist(), seed=len(STAGES) * c.seed + STAGES.index(c.stage))
+        x, text, picture = source.draw((step * c.batch_size + slots).tolist(), seed=c.seed)
         n = noise(latent_shape, step, "noise", slots=slots)
         tensors = x[:, :stop], n[:, start:stop], text, source.null_text.expand_as(text)
         picture = {name: picture[name].to(world.device) for name in wanted}
@@ -495,7 +494,7 @@ def train(c: Config) -> Path:
         k = int(torch.randint(steps, (1,), generator=draws))
         grid = flowmap.time_grid(steps, c.shift)
         z_1 = noise(batch.n.shape[1:], step, "rollout", slots=batch.slots)
-        renoise = distributed.noise_stream(c.seed, c.stage, step, "renoise", slots=batch.slots)
+        renoise = distributed.noise_stream(c.seed, step, "renoise", slots=batch.slots)
 
         def jump(z, context):
             u = flowmap.conditioned(student_net, context)
@@ -552,25 +551,26 @@ def train(c: Config) -> Path:
     bar = tqdm(total=c.steps, initial=first, desc=f"{c.stage:8}", disable=not world.is_main, mininterval=1.0,
                dynamic_ncols=True)
     skips_in_a_row, started, stopping = 0, time.time(), distributed.StopSignal()
+    first_draw = 10**7 * STAGES.index(c.stage)           # no stage draws the clips, noise and times that another drew
     for step in range(first, c.steps):
         flow_errors, rollouts, norms = [0.0, 0.0], [], {}
         for micro_step in range(micro_steps):
             last = micro_step == micro_steps - 1
-            batch = draw(step, distributed.slots(world, micro_batch, micro_step))
+            batch = draw(first_draw + step, distributed.slots(world, micro_batch, micro_step))
             if c.stage == "pretrain":
-                pretrain_loss(step, batch, last)
+                pretrain_loss(first_draw + step, batch, last)
             elif c.stage == "flowmap":
-                flow_map_loss(step, batch, last, flow_errors)
+                flow_map_loss(first_draw + step, batch, last, flow_errors)
             else:
-                rollouts.append((batch, dmd_student_loss(step, batch, last and not c.cotrain)))
+                rollouts.append((batch, dmd_student_loss(first_draw + step, batch, last and not c.cotrain)))
                 if c.cotrain:
-                    flow_map_loss(step, batch, last, flow_errors, c.cotrain)
+                    flow_map_loss(first_draw + step, batch, last, flow_errors, c.cotrain)
         norms["grad_norm"] = update(student, step, c.lr)
         if math.isfinite(norms["grad_norm"]):
             student.update_ema(c.ema_decay if step >= c.ema_start else 0.0)
         if c.stage == "distill":
             for micro_step, (batch, z_0) in enumerate(rollouts):
-                fake_loss(step, batch, z_0, last=micro_step == micro_steps - 1)
+                fake_loss(first_draw + step, batch, z_0, last=micro_step == micro_steps - 1)
             norms["fake_grad_norm"] = update(parts["fake"], step, c.fake_lr)
 
         bad = not all(map(math.isfinite, norms.values()))

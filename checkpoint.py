@@ -141,7 +141,7 @@ def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counter
         dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
 
     def flush():
-        own = sorted(aside.iterdir())[world.rank::world.size]
+        own = [aside / name for name in names[world.rank::world.size]]
         sync(own)
         sums.update({file.name: checksum(file) for file in own})
 
@@ -152,10 +152,10 @@ def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counter
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         for old in [*checkpoints(stage)[:-keep], *folder.parent.glob("*.partial")]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     together(lambda: world.is_main and aside_of(folder))
     together(write)
-    sums = {}
+    sums, names = {}, on_main(lambda: sorted(file.name for file in aside.iterdir()), world)
     together(flush)                                      # nobody waits for sums of a rank that has failed
     all_sums = merge_over_ranks(sums, world)
     together(lambda: world.is_main and finish())
@@ -175,7 +175,8 @@ def is_whole(folder: Path, world: World) -> bool:
     try:
         state = json.loads((folder / "state.json").read_text())
         sums, own = state["sha256"], state.pop("own_sha256")
-        bad = not sums or own != json_checksum(state) or state["step"] != int(folder.name) or any(checksum(folder / name) != sums[name] for name in sorted(sums)[world.rank::world.size])
+        bad = not sums or own != json_checksum(state) or state["step"] != int(folder.name)
+        bad = bad or any(checksum(folder / name) != sums[name] for name in sorted(sums)[world.rank::world.size])
     except (OSError, ValueError, KeyError, TypeError):
         bad = True
     return sum_over_ranks(float(bad), world=world)[0] == 0
@@ -192,7 +193,7 @@ def load_checkpoint(stage: Path, parts: dict[str, Trainable], world: World, say=
     if not found:
         return {}
     while found and not is_whole(found[-1], world):
-        say(f"{found.pop()} is damaged (truncated, or not what was written) and is left out")
+        say(f"{found.pop()} is damaged (truncated, not what was written, or by an older version) and is left out")
     if not found:
         raise ValueError(f"every checkpoint in {stage / 'checkpoints'} is damaged; --fresh trains the stage anew")
     tensors = {}
@@ -252,4 +253,6 @@ def load_model(stage: Path) -> tuple[ModelConfig, Tensors, dict | None]:
         config, adapter = ModelConfig(**json.loads(metadata["model_config"])), json.loads(metadata.get("adapter", "null"))
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: truncated, or not a stage's weights ({error}); --fresh trains the stage anew") from None
+    if adapter:                                          # a path inside the run is relative to the stage, so that the run may move
+        adapter["base"] = os.path.normpath(os.path.join(os.path.abspath(stage), adapter["base"]))
     return config, Tensors({name: partial(file.get_tensor, name) for name in file.keys()}), adapter

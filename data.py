@@ -201,7 +201,10 @@ class ShardWriter:
         self.folder, self.part, self.parts, self.size = Path(folder), part, parts, clips_per_shard
         self.folder.mkdir(parents=True, exist_ok=True)
         self.made_by = json.loads(json.dumps(made_by | {"processes": parts}))
-        if (begun := self.folder / "made_by.json").exists():
+        begun = self.folder / "made_by.json"
+        if not begun.exists() and any(self.folder.glob("part-*")):
+            raise ValueError(f"{folder} holds shards and no made_by.json that says how they were made: give another folder")
+        if begun.exists():
             before = json.loads(begun.read_text())
             for name in self.made_by:
                 if before.get(name) != self.made_by[name]:

@@ -107,6 +107,21 @@ def merge_over_ranks(values: dict, world: World) -> dict:
     return {key: value for part in found for key, value in part.items()}
 
 
+def launch() -> dict:
+    """Who started this process: torchrun's own process, if any, and SLURM's job with how often it has been put back."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return {"torchrun": run and f"{run} {os.getppid()}", "job": os.environ.get("SLURM_JOB_ID", ""),
+            "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
+
+
+def is_restart(before: dict | None) -> bool:
+    """Whether torchrun or SLURM has started this process once more, after the launch `before`. A user may start the same
+    command again in the same job: that is another launch."""
+    now, before = launch(), before or {}
+    by_slurm = now["job"] and now["job"] == before.get("job") and now["restarts"] > before["restarts"]
+    return bool(by_slurm or now["torchrun"] and now["torchrun"] == before.get("torchrun"))
+
+
 def on_main(decide, world: World):
     """decide() of rank 0, on every rank: on a network disk, ranks may see different files."""
     return merge_over_ranks({"it": decide()} if world.is_main else {}, world)["it"]
@@ -129,7 +144,8 @@ class StopSignal:
 
     def note(self, number, frame):
         self.seen = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_any_rank(self, world: World) -> bool:
         """Ranks hear a signal at different moments, but must stop after the same update."""

@@ -60,10 +60,11 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped, guidance
     # Rows with r = t would multiply the derivative by zero: they are left out of its batch.
     target = v
     if all_ranks_differentiate or gap.any():
-        rows = gap.nonzero().squeeze(1) if gap.any() else torch.zeros(1, dtype=torch.long, device=t.device)
+        rows, levels = gap.nonzero().squeeze(1), r
+        if not len(rows):                                # any row: its t - r is 0, but the difference needs room below t
+            rows, levels = torch.zeros(1, dtype=torch.long, device=t.device), torch.zeros_like(r)
         u = conditioned(network, context if len(rows) == len(t) else context[rows])       # a long past is large to copy
-        level = r[rows] if gap.any() else torch.zeros_like(t[rows])     # a row with r = t would have no room for the difference
-        dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], level, v[rows], epsilon)
+        dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], levels[rows], v[rows], epsilon)
         target = v.index_add(0, rows, -expand((t - r)[rows] / w[rows], dF_dt) * dF_dt)
     return (F - target).square().flatten(1).mean(1)
 

@@ -262,7 +262,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Conv3d with kernel = stride = (1, P, P), written as one Linear over flattened patches. An adapter replaces it."""
+    """Conv3d with kernel = stride = (1, P, P), written as one Linear over flattened patches, in z's type. An adapter replaces
+    it."""
 
     def __init__(self, channels: int, patch: int, dim: int):
         super().__init__()
@@ -276,8 +277,8 @@ class PatchEmbed(nn.Module):
             return self.adapters[adapter](z)
         P = self.patch
         z = z.unflatten(4, (-1, P)).unflatten(3, (-1, P)).permute(0, 1, 3, 5, 2, 4, 6)       # (B, F, h, w, C, P, P)
-        z = z.flatten(4).flatten(2, 3).to(self.weight.dtype)                                 # (B, F, S, C * P * P)
-        return F.linear(z, self.weight.flatten(1), self.bias)
+        z = z.flatten(4).flatten(2, 3)                                                       # (B, F, S, C * P * P)
+        return F.linear(z, self.weight.flatten(1).to(z.dtype), self.bias.to(z.dtype))
 
 
 class FlowMapDiT(nn.Module):
@@ -419,7 +420,7 @@ class FlowMapDiT(nn.Module):
         if isinstance(text, torch.Tensor):
             text, image = self.embed_words(text, context.image)
             text = [text] * c.layers
-        x = embed(torch.cat([z, *known], 2) if known else z, context.adapter).to(self.stream_type())     # (B, F, S, D)
+        x = embed(torch.cat([z, *known], 2).to(self.stream_type()), context.adapter)         # (B, F, S, D)
         spans, layers = attention_spans(context, chunks, x.shape[2], sees_earlier_own=encoding), []
         for i, block in enumerate(self.blocks):
             x, memory = block(x, modulation, text[i], image, rope, spans, tuple(chunk.memory[i] for chunk in context.past),
@@ -449,9 +450,9 @@ def teacher_forced(network, x: torch.Tensor, context, chunks, full_chunks: int) 
     """The context in which the last chunks of a clip are trained (METHOD section 7): each sees the clean chunks before.
 
     x (B, F, C, H, W) clean latents, context: prompt features alone, or a Context without a past, chunks: frames of each
-    chunk, adding up to F. The last `full_chunks` are the ones to
-    be trained, older ones are compressed; 0 trains all and compresses none. The context's `start` is the first frame
-    to be trained. A single chunk makes the bidirectional context: nothing but the prompt.
+    chunk, adding up to F. The last `full_chunks` are the ones to be trained, older ones are compressed; 0 trains all and
+    compresses none. The `start` of the result is the first frame to be trained. A single chunk makes the bidirectional
+    context: nothing but what `context` holds.
     """
     old, new = (tuple(chunks[:-full_chunks]), tuple(chunks[-full_chunks:])) if full_chunks else ((), tuple(chunks))
     context = context if isinstance(context, Context) else Context(context)

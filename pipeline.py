@@ -20,6 +20,7 @@ import data
 import distributed
 import encoders
 import flowmap
+import lora
 import wan
 from model import Context, FlowMapDiT, remember
 
@@ -39,6 +40,7 @@ class Pipeline:
     picture: object = None       # encoders.WanPicture, for networks that see the features of their first frame
     batch: int = 48              # clips made at a time
     fps: int = 8                 # frames a second of a clip
+    adapter: str = ""            # of the network, that is sampled
 
 
 def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int = 480, width: int = 832,
@@ -52,7 +54,7 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     Wan's networks on a GPU). Raises ValueError for weights that do not fit each other, the size or the chunks.
     """
     path = Path(path)
-    model_config, state = wan.load(path, base=base)
+    model_config, state, adapter = wan.load_apart(path, base)
     own = (path / "model.safetensors").exists()
     record = json.loads((path / "config.json").read_text()) if own else {}
     if own and chunks:
@@ -70,20 +72,27 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
             raise ValueError(f"--height {height} and --width {width} must be multiples of {side} for these weights")
         if (frames - 1) % codec.stride and not chunks and not model_config.compressed:
             raise ValueError(f"--frames {frames} must be {codec.stride} n + 1 for these weights")
-        record = wan.read_record(path, model_config, (frames - 1) // codec.stride + 1, chunks)
+        record = wan.read_record(path, model_config, -(-(frames - 1) // codec.stride) + 1, chunks)
         record["latent_shape"] = (sum(record["chunks"]), model_config.channels, height // codec.pixels, width // codec.pixels)
     bf16 = "vocabulary" not in record and torch.device(device).type != "cpu" if bf16 is None else bf16
     with torch.device("meta"):
-        network = FlowMapDiT(model_config).to(torch.bfloat16 if bf16 else torch.float32)
-    network, shape = network.to_empty(device=device).eval().requires_grad_(False), tuple(record["latent_shape"])
+        network, name = FlowMapDiT(model_config), "trained" if adapter else ""
+        if adapter:                                      # kept apart: a bf16 base could not hold what it adds
+            lora.add_adapter(network, name, adapter["rank"], adapter["alpha"])
+    network = network.to(torch.bfloat16 if bf16 else torch.float32).to_empty(device=device).eval().requires_grad_(False)
     checkpoint.load_weights(network, state, path)
+    if adapter:
+        checkpoint.load_weights(lora.Adapted(network, name), adapter["tensors"], path)
     if "vocabulary" in record:
         codec = encoders.PatchPCA.from_state(load_file(path / "codec.safetensors"))
         words = encoders.Words(record["vocabulary"], network.config.text_dim, record["text_length"])
-        return Pipeline(network, codec, words, record["config"], shape, tuple(record["chunks"]))
-    words = encoders.WanText(base, device, record.get("text_length", 512))
-    return Pipeline(network, codec, words, record["config"], shape, tuple(record["chunks"]),
-                    encoders.NEGATIVE_PROMPT, encoders.WanPicture(base, device) if model_config.image_dim else None, 1, codec.fps)
+        of_wan = {}
+    else:
+        words = encoders.WanText(base, device, record.get("text_length", 512))
+        picture = encoders.WanPicture(base, device) if model_config.image_dim else None
+        of_wan = {"null_prompt": encoders.NEGATIVE_PROMPT, "picture": picture, "batch": 1, "fps": codec.fps}
+    return Pipeline(network, codec, words, record["config"], tuple(record["latent_shape"]), tuple(record["chunks"]), adapter=name,
+                    **of_wan)
 
 
 @torch.no_grad()
@@ -142,7 +151,8 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
         return with_prompt(tuple(remember(net, context, z_0, pipeline.config["full_chunks"], window) if context else None
                                  for context in contexts))
 
-    contexts = with_prompt((Context(None, known=known), Context(null, known=known) if guidance != 1 else None))
+    start = Context(None, known=known, adapter=pipeline.adapter)
+    contexts = with_prompt((start, replace(start, text=null) if guidance != 1 else None))
     yield from backward_sim.chunk_by_chunk(jump, write, contexts, z_1, chunks)
 
 

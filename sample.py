@@ -186,7 +186,9 @@ def main(argv=None) -> None:
             stream_to(args.out, stream(pipeline, captions, seeds, grid, args.sampler, guidance, **options), pipeline.fps)
             return
         if args.save_latents:
-            save_latents(args.save_latents, world, pipeline, captions, seeds, grid, args.sampler, guidance, options, stage)
+            made_by = {"weights": str(stage.resolve()), "start": data.checksum(start) if start else None,
+                       "prompt_at": args.prompt_at, "window": args.window}
+            save_latents(args.save_latents, world, pipeline, captions, seeds, grid, args.sampler, guidance, options, made_by)
             return
         paths = [args.out / f"{file_name(caption)}-{(seed - args.seed) % args.per_prompt}.mp4" if args.vbench else
                  args.out if len(captions) == 1 else args.out.with_stem(f"{args.out.stem}-{i:03d}")
@@ -229,10 +231,10 @@ def read_prompts(path: Path, parser) -> list[str]:
         parser.error(f"--prompts {path}: expected a list of prompts, or of entries with prompt_en ({error})")
 
 
-def save_latents(folder: Path, world, pipeline: Pipeline, captions, seeds, grid, sampler, guidance, options, weights: Path) -> None:
+def save_latents(folder: Path, world, pipeline: Pipeline, captions, seeds, grid, sampler, guidance, options, made_by: dict) -> None:
     """Clips of a teacher as shards (data.ShardWriter): synthetic training data, as the paper uses."""
-    made_by = {"weights": str(weights), "grid": grid, "sampler": sampler, "guidance": guidance, "first_seed": seeds[0],
-               "frames": sum(options.get("chunks", pipeline.chunks)), "size": pipeline.latent_shape[1:],
+    made_by |= {"grid": grid, "sampler": sampler, "guidance": guidance, "first_seed": seeds[0],
+               "chunks": options.get("chunks", pipeline.chunks), "size": pipeline.latent_shape[1:],
                "prompts": f"checksum {zlib.crc32(json.dumps(captions).encode()):08x}"}
     writer = data.ShardWriter(folder, made_by, world.rank, world.size)
     rows = [i for i in range(world.rank, len(captions), world.size) if f"{i:07d}" not in writer.done]

@@ -167,7 +167,8 @@ def parse_config(argv=None) -> Config:
                                    f"{Path(given.get('data', Config.data)).name}{'-causal' * given.get('causal', False)}")
     # A stage that was begun goes on with its own settings; a new one takes some over from the stage before it.
     inherited, own = {}, [field.name for field in dataclasses.fields(Config) if field.name != "fresh"]
-    for folder, names in ((run / stage, [] if given.get("fresh") else own), (run / str(before), INHERITED)):
+    for name, names in ((stage, [] if given.get("fresh") else own), (before, INHERITED)):
+        folder = run / (name or stage)
         if not inherited and (folder / "config.json").exists():
             record = json.loads((folder / "config.json").read_text())["config"]
             inherited = {name: record[name] for name in names if name in record}
@@ -254,6 +255,14 @@ class Sums:
 def train(c: Config) -> Path:
     """Train (or go on with) one stage; returns its folder. Raises ValueError with what to do when it cannot, OSError for what
     cannot be read or written."""
+    stopping = distributed.StopSignal()
+    try:
+        return train_until(stopping, c)
+    finally:
+        stopping.restore()
+
+
+def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
     world = distributed.start(c.device)
     run, stage = Path(c.run_dir), Path(c.run_dir) / c.stage
     before = None if c.base else previous_stage(c.stage)
@@ -267,10 +276,11 @@ def train(c: Config) -> Path:
         return distributed.noise(shape, c.seed, *keys, slots=slots).to(world.device)
 
     # --- the run folder: start, resume, or find the stage finished
-    for needed in () if c.base else STAGES[:STAGES.index(c.stage)]:
-        if not (run / needed / "model.safetensors").exists():
-            raise ValueError(f"stage {c.stage} needs stage {needed}, which is not finished in {run}. First run: "
-                             f"python train.py --stage {needed} --run-dir {run}")
+    needed = () if c.base else STAGES[:STAGES.index(c.stage)]
+    for name in needed:
+        if not (run / name / "model.safetensors").exists():
+            raise ValueError(f"stage {c.stage} needs stage {name}, which is not finished in {run}. First run: "
+                             f"python train.py --stage {name} --run-dir {run}")
     if c.base and not Path(c.base).exists():
         raise ValueError(f"--base {c.base}: not there. First run: python train.py --stage pretrain --data {c.data} (or start from "
                          f"fresh weights with --base none)")
@@ -280,10 +290,18 @@ def train(c: Config) -> Path:
                          f"{per_step // world.size} samples (--micro-batch)")
     micro_batch, micro_steps = per_step // world.size, c.batch_size // per_step
     cli.check_folder(stage, "--run-dir")
-    # A restart of the same command, by torchrun or the scheduler, goes on with what the first try has saved.
-    fresh = c.fresh and not any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    if (stage / "config.json").exists() and not fresh:
-        saved = json.loads((stage / "config.json").read_text())["config"]
+    built_on = {name: json.loads((run / name / "config.json").read_text())["config"] for name in needed}
+    before_now = json.loads((stage / "config.json").read_text()) if (stage / "config.json").exists() else None
+    # What it has begun afresh it goes on with, when torchrun or the scheduler starts it once more.
+    fresh = distributed.on_main(lambda: c.fresh and not distributed.is_restart((before_now or {}).get("launch")), world)
+    if before_now and not fresh:
+        for name, now in built_on.items():
+            then = before_now.get("built_on", {}).get(name, now)
+            for key in now.keys() - {"steps", "fresh"} if now != then else ():
+                if key not in CHANGEABLE and then.get(key) != now[key]:
+                    raise ValueError(f"{stage} was begun when stage {name} had {key} = {then.get(key)}, but that has been trained anew "
+                                     f"with {now[key]}: use --fresh to start this stage anew, too")
+        saved = before_now["config"]
         for field in dataclasses.fields(Config):
             if field.name in saved and field.name not in CHANGEABLE and saved[field.name] != getattr(c, field.name):
                 raise ValueError(f"{stage} was started with {field.name} = {saved[field.name]}, not "
@@ -399,6 +417,7 @@ def train(c: Config) -> Path:
     if not set(wanted) <= set(source.picture):
         raise ValueError(f"{origin} is an image-to-video network, and --data {c.data} has no first frames: make shards with `python "
                          f"data.py encode --base` and the pipeline folder of these weights")
+    source.picture = wanted                              # nothing else is read
     if config.channels != latent_shape[1] or config.text_dim != source.null_text.shape[1]:
         raise ValueError(f"{origin} works on {config.channels} channels and prompts of width {config.text_dim}, but --data "
                          f"{c.data} has {latent_shape[1]} and {source.null_text.shape[1]}")
@@ -430,11 +449,12 @@ def train(c: Config) -> Path:
     counters = checkpoint.load_checkpoint(stage, parts, world, say)
     first, skipped = counters.get("step", 0), counters.get("skipped", 0)
     if first >= c.steps and distributed.on_main((stage / "model.safetensors").exists, world):
-        say(f"stage {c.stage} is finished in {stage} ({first} updates); --fresh trains it anew")
+        say(f"stage {c.stage} is finished in {stage} ({first} updates); --steps {2 * first} would go on, --fresh train it anew")
         return stage
     if world.is_main:
         record |= {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
-                   "latent_shape": latent_shape, "chunks": all_chunks, "text_length": len(source.null_text)}
+                   "latent_shape": latent_shape, "chunks": all_chunks, "text_length": len(source.null_text), "built_on": built_on,
+                   "launch": distributed.launch()}
         data.write_text(stage / "config.json", json.dumps(record, indent=1))
         log_path = stage / "log.jsonl"
         rows = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
@@ -550,7 +570,7 @@ def train(c: Config) -> Path:
     # --- the loop
     bar = tqdm(total=c.steps, initial=first, desc=f"{c.stage:8}", disable=not world.is_main, mininterval=1.0,
                dynamic_ncols=True)
-    skips_in_a_row, started, stopping = 0, time.time(), distributed.StopSignal()
+    skips_in_a_row, started = 0, time.time()
     first_draw = 10**7 * STAGES.index(c.stage)           # no stage draws the clips, noise and times that another drew
     for step in range(first, c.steps):
         flow_errors, rollouts, norms = [0.0, 0.0], [], {}
@@ -592,15 +612,15 @@ def train(c: Config) -> Path:
             checkpoint.save_checkpoint(stage, step + 1, parts, {"skipped": skipped}, world)
         if stop and step + 1 < c.steps:
             bar.close()
-            stopping.restore()
-            say(f"stopped by a signal after update {step + 1} of {c.steps}, which is saved. To go on (under torchrun with any number "
-                f"of processes):\n    python train.py --stage {c.stage} --run-dir {run}")
+            say(f"stopped by a signal after update {step + 1} of {c.steps}, which is saved. To go on (under torchrun with as many "
+                f"processes, or others that divide the batch):\n    python train.py --stage {c.stage} --run-dir {run}")
             return stage
     bar.close()
-    adapter = {"rank": c.lora_rank, "alpha": c.lora_alpha, "base": str(Path(origin).resolve()), "targets": [*lora.TARGETS, *lora.REPLACED]}
+    inside = Path(origin).absolute().is_relative_to(run.absolute())
+    base = os.path.relpath(origin, stage) if inside else os.path.abspath(origin)
+    adapter = {"rank": c.lora_rank, "alpha": c.lora_alpha, "base": base, "targets": [*lora.TARGETS, *lora.REPLACED]}
     checkpoint.save_model(stage, student.ema, config, world.is_main, adapter if c.lora_rank else None)
     barrier(world)
-    stopping.restore()
     say(f"stage {c.stage}: finished, {stage / 'model.safetensors'}")
     return stage
 

@@ -158,16 +158,9 @@ def load(path, second_time: bool | None = None, compressed: bool | None = None, 
     embedding as the interpolated one. None: as the weights are. False: leave them out.
     Raises ValueError that names the file, or the first tensor that is missing, left over, or of another shape.
     """
-    if (Path(path) / "model.safetensors").exists() or not Path(path).exists():
-        config, state, adapter = checkpoint.load_model(path)
-        if adapter:
-            place = next((place for place in (adapter["base"], base) if place and Path(place).exists()), None)
-            if not place:
-                raise ValueError(f"{path} adapts the weights {adapter['base']}, which are not there: give their folder with --base")
-            _, weights = load(place, config.second_time, config.compressed)
-            state = Tensors(lora.merged(weights, state, adapter["alpha"] / adapter["rank"]))
-    else:
-        config, state = load_foreign(path)
+    config, state, adapter = load_apart(path, base)
+    if adapter:
+        state = Tensors(lora.merged(state, adapter["tensors"], adapter["alpha"] / adapter["rank"]))
     if second_time is False:
         state = Tensors({name: maker for name, maker in state.makers.items() if not name.startswith("r_embed.")})
     if compressed is False:
@@ -178,6 +171,20 @@ def load(path, second_time: bool | None = None, compressed: bool | None = None, 
         state = as_causal(state)
     asked = {"second_time": second_time, "compressed": compressed}
     return replace(config, **{flag: on for flag, on in asked.items() if on is not None}), state
+
+
+def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
+    """`load` for weights as they are, without merging: (config, state, None), or (config, state of the base, adapter) with the
+    adapter's "rank", "alpha" and "tensors"."""
+    if Path(path).exists() and not (Path(path) / "model.safetensors").exists():
+        return *load_foreign(path), None
+    config, state, adapter = checkpoint.load_model(path)
+    if not adapter:
+        return config, state, None
+    place = next((place for place in (adapter["base"], base) if place and Path(place).exists()), None)
+    if not place:
+        raise ValueError(f"{path} adapts the weights {adapter['base']}, which are not there: give their folder with --base")
+    return config, load(place, config.second_time, config.compressed)[1], adapter | {"tensors": state}
 
 
 def load_foreign(path) -> tuple[ModelConfig, Tensors]:

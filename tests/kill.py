@@ -33,12 +33,14 @@ def start(run: Path, stage: str, processes: int) -> subprocess.Popen:
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def kill_all(run: Path) -> None:
-    """SIGKILL to every process of a run: torchrun's workers are in sessions of their own."""
+def signal_all(run: Path, number=signal.SIGKILL, word: str = "") -> None:
+    """A signal to every process of a run, torchrun's workers, which are in sessions of their own, too; or to those with `word`
+    in their command (workers: -u)."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if str(run).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signal.SIGKILL)
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if str(run).encode() in words and (not word or word.encode() in words):
+                os.kill(int(entry.name), number)
         except (OSError, ValueError):
             pass
 
@@ -67,7 +69,7 @@ def check_stage(run: Path, whole: Path, stage: str, kills: int, processes: int, 
             time.sleep(0.002)
         time.sleep(chance.random() * 0.08)
         assert process.poll() is None, process.communicate()[1]
-        kill_all(run)
+        signal_all(run)
         process.communicate()
         partial = list((run / stage / "checkpoints").glob("*.partial"))
         in_write += bool(partial)

@@ -106,8 +106,8 @@ def test_wrong_latents_are_named():
 
 
 def test_in_bf16_small_differences_survive_where_no_backward_pass_comes():
-    """dF/dt, and the velocities of two networks that are 2 % apart, against fp32 with the same bf16 weights: at most half of the
-    error that rounding between blocks makes, which is what calls with a backward pass do."""
+    """dF/dt, and the velocities of two networks that are 2 % apart, against fp32 with the same bf16 weights: at most a quarter of
+    the error that rounding between blocks makes, which is what calls with a backward pass do."""
     config, g = replace(SMALL, layers=6, dim=96, ffn_dim=384, time_scale=50.0), generator("bf16")
     net = FlowMapDiT(config).init_weights(g)
     with torch.no_grad():
@@ -133,4 +133,4 @@ def test_in_bf16_small_differences_survive_where_no_backward_pass_comes():
     exact = answers(False, False)
     assert all(torch.equal(a, b) for a, b in zip(exact, answers(False, True)))
     for kept, rounded, expected in zip(answers(True, False), answers(True, True), exact):
-        assert (kept - expected).norm() < 0.5 * (rounded - expected).norm() and (kept - expected).norm() < 0.25 * expected.norm()
+        assert (kept - expected).norm() < 0.25 * (rounded - expected).norm() and (kept - expected).norm() < 0.1 * expected.norm()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import distributed
+import kill
 import sample
 import train
 import eval as evaluation
@@ -201,21 +202,35 @@ def test_a_full_disk_of_one_process_ends_both(tmp_path):
 
 
 def test_a_restart_of_a_fresh_start_goes_on(finished, tmp_path, monkeypatch, capsys):
+    """torchrun and SLURM start the same command once more; another launch with --fresh does start anew."""
     link_stages(finished, tmp_path / "run", "flowmap")
-    run_stage(tmp_path / "run", "flowmap", "--fresh", "--steps", "6")
-    for count, resumed in (("1", True), ("0", False)):           # torchrun tells which try this is
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-        run_stage(tmp_path / "run", "flowmap", "--fresh", "--steps", "8")
+    run_stage(tmp_path / "run", "flowmap", "--steps", "2")
+    launches = [({"SLURM_JOB_ID": "7"}, False), ({"SLURM_JOB_ID": "7"}, False), ({"SLURM_RESTART_COUNT": "1"}, True),
+                ({"SLURM_JOB_ID": "8"}, False), ({"TORCHELASTIC_RUN_ID": "none"}, False), ({}, True)]
+    for i, (variables, resumed) in enumerate(launches):          # what is added to the environment before each try
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        run_stage(tmp_path / "run", "flowmap", "--fresh", "--steps", str(2 + i))
         out = capsys.readouterr()
-        assert ("resumed from update 6" in out.out + out.err) == resumed
+        assert (f"resumed from update {1 + i}" in out.out + out.err) == resumed
+
+
+def test_a_stage_whose_teacher_was_trained_anew_is_not_gone_on_with(tmp_path):
+    for stage in STAGES[:2]:
+        run_stage(tmp_path / "run", stage, "--steps", "2")
+    run_stage(tmp_path / "run", "pretrain", "--steps", "2", "--seed", "5", "--fresh")
+    with pytest.raises(ValueError, match="begun when stage pretrain had seed = 0, but that has been trained anew with 5: use --fresh"):
+        run_stage(tmp_path / "run", "flowmap", "--steps", "4")
+    run_stage(tmp_path / "run", "flowmap", "--steps", "2", "--fresh")
 
 
 def test_signals_are_noted_until_the_run_has_saved():
     world, before = distributed.World(0, 1, torch.device("cpu")), signal.getsignal(signal.SIGTERM)
     stopping = distributed.StopSignal()
     assert not stopping.on_any_rank(world)
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
-        os.kill(os.getpid(), number)                             # would end this process
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        assert signal.getsignal(number) == stopping.note         # else the next line would end this process
+        os.kill(os.getpid(), number)
         assert stopping.on_any_rank(world)
     stopping.restore()
     assert signal.getsignal(signal.SIGTERM) is before
@@ -236,7 +251,7 @@ def test_a_signal_ends_a_run_cleanly_and_it_goes_on(tmp_path, processes, to_work
             break
         time.sleep(0.1)
     if to_workers:
-        subprocess.run(["pkill", "-USR1", "-f", "--", f"-u train.py .*{tmp_path}"], check=True)
+        kill.signal_all(tmp_path / "run", signal.SIGUSR1, "-u")
     else:
         process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=60)[0]

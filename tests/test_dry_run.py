@@ -155,7 +155,7 @@ def test_three_stages_export_and_the_same_latents_in_diffusers(base, videos, tmp
     mine = sample.generate(ours, [CAPTIONS[0]], [7], grid)
     assert mine.shape == (1, 9, 3, height, width) == video.shape
     torch.testing.assert_close(mine, video * 2 - 1, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(sample.generate(again, [CAPTIONS[0]], [7], grid), mine)
+    torch.testing.assert_close(sample.generate(again, [CAPTIONS[0]], [7], grid), mine, rtol=1e-3, atol=1e-3)     # merged, and apart
     # The same from the command line, from the exported folder, and streamed.
     sample.main(["--ckpt", str(out), "--base", str(base), "--frames", "9", *size, "--steps", "2",
                  "--prompt", CAPTIONS[0], "--out", str(tmp_path / "clip.mp4"), "--stream"])

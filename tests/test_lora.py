@@ -177,12 +177,14 @@ def test_a_run_of_adapters_from_base_to_clip(tmp_path):
     def run(stage, *flags):
         return train.train(train.parse_config(["--preset", "tiny", "--stage", stage, "--run-dir", str(tmp_path / "run"), *flags]))
     base = train.train(train.parse_config(["--preset", "tiny", "--run-dir", str(tmp_path / "base")]))
-    base = base.rename(tmp_path / "weights")
-    run("pretrain", "--base", str(base), "--lora-rank", "3", "--lora-alpha", "6", "--lr", "1e-2")
+    base = base.rename(tmp_path / "blob")
+    link = tmp_path / "weights"                                                 # as in a cache of downloads
+    link.symlink_to(base)
+    run("pretrain", "--base", str(link), "--lora-rank", "3", "--lora-alpha", "6", "--lr", "1e-2")
     for stage in ("flowmap", "distill"):
         run(stage, "--lr", "1e-2")
     config, tensors, adapter = checkpoint.load_model(tmp_path / "run" / "distill")
-    assert {k: adapter[k] for k in ("rank", "alpha", "base")} == {"rank": 3, "alpha": 6.0, "base": str(base)} and config.second_time
+    assert {k: adapter[k] for k in ("rank", "alpha", "base")} == {"rank": 3, "alpha": 6.0, "base": str(link)} and config.second_time
     assert {name.rpartition(".")[0].split(".", 2)[-1] if name.startswith("blocks") else name.rpartition(".")[0]
             for name in tensors} == set(adapter["targets"]) - set(lora.REPLACED)
     assert {tuple(t.shape)[tensors_name.endswith("up")] for tensors_name, t in tensors.items()} == {3}
@@ -216,5 +218,6 @@ def test_adapters_of_different_bases_do_not_mix(tmp_path, monkeypatch):
     run("flowmap", "--lora-rank", "2", "--fresh")                               # adapts the teacher that pretrain ended with
     with pytest.raises(ValueError, match="rank 2 and alpha 2, not --lora-rank 2 --lora-alpha 4"):
         run("distill", "--lora-alpha", "4")
-    monkeypatch.chdir(tmp_path)                                                 # the run under another name
-    train.train(train.parse_config(["--preset", "tiny", "--stage", "distill", "--run-dir", "run", "--steps", "1"]))
+    (tmp_path / "run").rename(tmp_path / "moved")                               # with the base that is inside
+    monkeypatch.chdir(tmp_path)
+    train.train(train.parse_config(["--preset", "tiny", "--stage", "distill", "--run-dir", "moved", "--steps", "1"]))

@@ -99,6 +99,23 @@ def sum_over_ranks(*values: float, world: World) -> list[float]:
     return total.tolist()
 
 
+class Sums:
+    """Sums and counts of what is logged, over micro-batches and ranks; .means() empties it."""
+
+    def __init__(self, names):
+        self.values = {name: [0.0, 0] for name in names}
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        self.values[name][0] += values.detach().double().sum().item()
+        self.values[name][1] += values.numel()
+
+    def means(self, world: World) -> dict[str, float]:
+        flat = sum_over_ranks(*(x for pair in self.values.values() for x in pair), world=world)
+        out = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(self.values) if flat[2 * i + 1]}
+        self.values = {name: [0.0, 0] for name in self.values}
+        return out
+
+
 def merge_over_ranks(values: dict, world: World) -> dict:
     """The union of every rank's dict of small values, on every rank."""
     found = [values] * world.size

@@ -41,6 +41,7 @@ from distributed import barrier
 from model import PRESETS, Context, FlowMapDiT, Tensors, as_flow_map, remember, teacher_forced
 
 STAGES = ("pretrain", "flowmap", "distill")
+STAGE_BEFORE = dict(zip(STAGES[1:], STAGES))
 
 
 @dataclass
@@ -162,7 +163,7 @@ def parse_config(argv=None) -> Config:
     parser.add_config(Config, default_text)
     given = vars(parser.parse(argv))
     stage = given.get("stage", Config.stage)
-    before = previous_stage(stage)
+    before = STAGE_BEFORE.get(stage)
     run = Path(given.get("run_dir") or f"runs/{given.get('preset', Config.preset)}-"
                                    f"{Path(given.get('data', Config.data)).name}{'-causal' * given.get('causal', False)}")
     # A stage that was begun goes on with its own settings; a new one takes some over from the stage before it.
@@ -211,8 +212,10 @@ def parse_config(argv=None) -> Config:
     return c
 
 
-def previous_stage(stage: str) -> str | None:
-    return dict(zip(STAGES[1:], STAGES)).get(stage)
+def change_between(then: dict, now: dict) -> str:
+    """The first setting that changed and may not, or ''."""
+    return next((f"{name} = {then[name]}, not {value}" for name, value in now.items()
+                 if name in then and name not in CHANGEABLE and then[name] != value), "")
 
 
 def learning_rate(c: Config, step: int, peak: float) -> float:
@@ -235,23 +238,6 @@ class Batch:
     start: int
 
 
-class Sums:
-    """Sums and counts of what is logged, over micro-batches and ranks; .means() empties it."""
-
-    def __init__(self, names):
-        self.values = {name: [0.0, 0] for name in names}
-
-    def add(self, name: str, values: torch.Tensor) -> None:
-        self.values[name][0] += values.detach().double().sum().item()
-        self.values[name][1] += values.numel()
-
-    def means(self, world) -> dict[str, float]:
-        flat = distributed.sum_over_ranks(*(x for pair in self.values.values() for x in pair), world=world)
-        out = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(self.values) if flat[2 * i + 1]}
-        self.values = {name: [0.0, 0] for name in self.values}
-        return out
-
-
 def train(c: Config) -> Path:
     """Train (or go on with) one stage; returns its folder. Raises ValueError with what to do when it cannot, OSError for what
     cannot be read or written."""
@@ -265,7 +251,7 @@ def train(c: Config) -> Path:
 def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
     world = distributed.start(c.device)
     run, stage = Path(c.run_dir), Path(c.run_dir) / c.stage
-    before = None if c.base else previous_stage(c.stage)
+    before = None if c.base else STAGE_BEFORE.get(c.stage)
     origin = run / before if before else c.base              # what the stage starts from; nothing: fresh weights
     say = tqdm.write if world.is_main else (lambda text: None)
 
@@ -295,17 +281,12 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
     # What it has begun afresh it goes on with, when torchrun or the scheduler starts it once more.
     fresh = distributed.on_main(lambda: c.fresh and not distributed.is_restart((before_now or {}).get("launch")), world)
     if before_now and not fresh:
+        if change := change_between(before_now["config"], dataclasses.asdict(c)):
+            raise ValueError(f"{stage} was started with {change}: use --fresh to start it anew, or another --run-dir")
         for name, now in built_on.items():
-            then = before_now.get("built_on", {}).get(name, now)
-            for key in now.keys() - {"steps", "fresh"} if now != then else ():
-                if key not in CHANGEABLE and then.get(key) != now[key]:
-                    raise ValueError(f"{stage} was begun when stage {name} had {key} = {then.get(key)}, but that has been trained anew "
-                                     f"with {now[key]}: use --fresh to start this stage anew, too")
-        saved = before_now["config"]
-        for field in dataclasses.fields(Config):
-            if field.name in saved and field.name not in CHANGEABLE and saved[field.name] != getattr(c, field.name):
-                raise ValueError(f"{stage} was started with {field.name} = {saved[field.name]}, not "
-                                 f"{getattr(c, field.name)}: use --fresh to start it anew, or another --run-dir")
+            if change := change_between(before_now.get("built_on", {}).get(name, {}), now):
+                raise ValueError(f"{stage} was started on a stage {name} with {change}, which was trained anew since: use --fresh to "
+                                 f"start this stage anew, too")
 
     # --- data: latents and prompt features, from shards or made of clips and captions on the fly
     record, codec_file = {}, stage / "codec.safetensors"
@@ -464,7 +445,7 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
             say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}")
 
     # --- the losses of a micro-batch; each calls backward itself and adds to the sums that are logged
-    log = Sums({"pretrain": ("loss",), "flowmap": ("loss", "err_flow", "err_free", "err_consistency"),
+    log = distributed.Sums({"pretrain": ("loss",), "flowmap": ("loss", "err_flow", "err_free", "err_consistency"),
                 "distill": ("loss", "err_flow", "err_free", "err_consistency", "dmd", "dmd_gradient", "fake")}[c.stage])
     # FSDP averages gradients over ranks; the losses are sums over the micro-batch divided by the global batch.
     per_sample = world.size / c.batch_size

@@ -24,14 +24,6 @@ ROOT = Path(__file__).parent.parent
 STAGES = train.STAGES
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run_stage(run, stage, *flags):
     return train.train(train.parse_config(["--preset", "tiny", "--stage", stage, "--run-dir", str(run), *flags]))
 
@@ -219,7 +211,7 @@ def test_a_stage_whose_teacher_was_trained_anew_is_not_gone_on_with(tmp_path):
     for stage in STAGES[:2]:
         run_stage(tmp_path / "run", stage, "--steps", "2")
     run_stage(tmp_path / "run", "pretrain", "--steps", "2", "--seed", "5", "--fresh")
-    with pytest.raises(ValueError, match="begun when stage pretrain had seed = 0, but that has been trained anew with 5: use --fresh"):
+    with pytest.raises(ValueError, match="started on a stage pretrain with seed = 0, not 5, which was trained anew since: use --fresh"):
         run_stage(tmp_path / "run", "flowmap", "--steps", "4")
     run_stage(tmp_path / "run", "flowmap", "--steps", "2", "--fresh")
 

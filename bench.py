@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,6 +227,7 @@ def plan(case: Case) -> dict:
     peak = sum(found["Total"] for found in ledger.get_tracker_snapshot("peak").values())
     return out | {"activations": peak - sum(out.values()), "peak": peak, "gathered": ledger.gathered, "reduced": ledger.reduced}
 
+
 CHECKED = ModelConfig(dim=512, heads=8, layers=4, ffn_dim=2048, text_dim=256, freq_dim=64)     # small enough to run here
 
 
@@ -276,12 +278,12 @@ def plan_main(args, parser) -> None:
           f"an update. GB a GPU and update; activations with all other temporaries.\n\n"
           "| stage | network | trains | checkpointing | parameters | gradients | optimiser | EMA | activations | peak | gathered | "
           f"reduced | fits {args.memory} GB |\n|{'---|' * 13}")
-    for stage in STAGES if args.stage == "all" else [args.stage]:
-        for checkpointing in (True, False) if args.checkpointing is None else (args.checkpointing,):
-            case = Case(stage, config, shape, chunks, 3, args.gpus, rank, checkpointing, bf16=wan, micro_steps=args.micro_steps)
-            found = plan(case)
-            fits = "yes" if found["peak"] * 1.1 < args.memory * GB else "no"
-            tqdm.write(f"| {name_of(case)} | " + " | ".join(f"{value / GB:.1f}" for value in found.values()) + f" | {fits} |")
+    rows = product(STAGES if args.stage == "all" else [args.stage], (True, False) if args.checkpointing is None else [args.checkpointing])
+    for stage, checkpointing in tqdm(list(rows), desc="plan (minutes a row at 14B)", unit="row"):
+        case = Case(stage, config, shape, chunks, 3, args.gpus, rank, checkpointing, bf16=wan, micro_steps=args.micro_steps)
+        found = plan(case)
+        fits = "yes" if found["peak"] * 1.1 < args.memory * GB else "no"
+        tqdm.write(f"| {name_of(case)} | " + " | ".join(f"{value / GB:.1f}" for value in found.values()) + f" | {fits} |")
     print("\nfits: with a tenth more for what is not a tensor: CUDA's context, NCCL's buffers, fragmentation")
 
 

@@ -107,10 +107,10 @@ def test_two_nodes_with_a_copy_of_the_weights_each(tmp_path):
 
 def test_a_process_that_dies_ends_the_others_and_torchrun_goes_on(tmp_path):
     """SIGKILL to one of two: torchrun starts both again, from the last checkpoint, and the bits are those of a whole run."""
-    flags = ("--steps", "120", "--save-every", "20")
+    flags = ("--steps", "80", "--save-every", "10")
     finish(torchrun(2, tmp_path / "whole", "pretrain", *flags))
     process = torchrun(2, tmp_path / "run", "pretrain", *flags, launch=("--standalone", "--max-restarts=1"))
-    while process.poll() is None and kill.updates_saved(tmp_path / "run" / "pretrain") < 40:
+    while process.poll() is None and kill.updates_saved(tmp_path / "run" / "pretrain") < 20:
         time.sleep(0.01)
     workers = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     os.kill(workers[-1], signal.SIGKILL)

@@ -300,13 +300,11 @@ def test_two_processes_equal_one(either, tmp_path):
     """FSDP2 over gloo: the same losses for the same global batch, in every stage, and weights that any run can read."""
     _, flags = either
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for stage in STAGES:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-                   "--preset", "tiny", "--stage", stage, "--run-dir", str(tmp_path / "run"), "--log-every", "1", "--steps", "10",
-                   *flags]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        # The same start, one process.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/stages.py",
+               "--preset", "tiny", "--run-dir", str(tmp_path / "run"), "--log-every", "1", "--steps", "10", *flags]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for stage in STAGES:                                         # the same start, one process
         link = tmp_path / f"one-{stage}"
         link_stages(tmp_path / "run", link, stage)
         run_stage(link, stage, "--log-every", "1", "--steps", "10", *flags)

@@ -445,8 +445,9 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
             say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}")
 
     # --- the losses of a micro-batch; each calls backward itself and adds to the sums that are logged
-    log = distributed.Sums({"pretrain": ("loss",), "flowmap": ("loss", "err_flow", "err_free", "err_consistency"),
-                "distill": ("loss", "err_flow", "err_free", "err_consistency", "dmd", "dmd_gradient", "fake")}[c.stage])
+    roles = ("err_flow", "err_free", "err_consistency")
+    log = distributed.Sums({"pretrain": ("loss",), "flowmap": ("loss", *roles),
+                            "distill": ("loss", *roles, "dmd", "dmd_gradient", "fake")}[c.stage])
     # FSDP averages gradients over ranks; the losses are sums over the micro-batch divided by the global batch.
     per_sample = world.size / c.batch_size
 

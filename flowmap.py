@@ -86,14 +86,15 @@ def euler_sample(u, z: torch.Tensor, grid) -> torch.Tensor:
 
 def first_frames_given(u, given: torch.Tensor):
     """The callable u(z, t, r) of clips whose first frames are given, clean latents (B, G, ...): image-to-video by a network
-    of whole clips. Those frames are at t = r = 0, both: r alone at its level would ask for a jump from 0 up to r. Their
-    velocity is 0, whatever the network says, and what z holds in their place is not looked at.
+    of whole clips. Those frames are at t = 0. Their r stays that of the others, which is how published AnyFlow weights are
+    sampled; nothing is trained so here, and a network without a second time does not see it. Their velocity is 0, whatever
+    the network says, and what z holds in their place is not looked at.
     """
     G = given.shape[1]
 
     def u_of_the_rest(z, t, r):
         level = (torch.arange(z.shape[1], device=z.device) >= G).float()                     # (F,): 0 where given
-        t, r = (time.view(len(z), -1) * level for time in (t, r))                            # (B, F)
+        t, r = t.view(len(z), -1) * level, r.view(len(z), -1).expand(-1, len(level))         # (B, F)
         v = u(torch.cat([given, z[:, G:]], 1), t, r)
         return torch.cat([torch.zeros_like(v[:, :G]), v[:, G:]], 1)
     return u_of_the_rest

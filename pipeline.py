@@ -104,7 +104,7 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
 
     chunks: latent frames of each chunk (default: as trained); more than trained make a longer video. given: latents (B or
     1, F, C, H, W) of the first frames, whole chunks of them, which are kept as they are (image- and video-to-video); a
-    bidirectional model keeps any number of them but all, at t = r = 0. picture: for a network with image inputs, what
+    bidirectional model keeps any number of them but all, at t = 0. picture: for a network with image inputs, what
     `read_picture` makes of its first frame. window: how many past chunks are remembered (None: as many as in training,
     which long videos need; 0: all). prompt_at: another caption for all clips from chunk m on. guidance: classifier-free
     guidance, for a teacher; 1 for flow maps, which have theirs built in.

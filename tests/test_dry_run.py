@@ -374,7 +374,7 @@ def test_a_given_first_frame_is_kept_and_the_network_sees_it_at_time_0(base_5b):
     assert torch.equal(clips[:, :1], given.expand(2, -1, -1, -1, -1)) and len(seen) == 2
     for (z, t, r, _), (high, low) in zip(seen, [(1.0, 0.5), (0.5, 0.0)]):
         assert torch.equal(z[:, :1], given.expand(2, -1, -1, -1, -1))
-        assert t.tolist() == [[0.0, high, high]] * 2 and r.tolist() == [[0.0, low, low]] * 2
+        assert t.tolist() == [[0.0, high, high]] * 2 and r.tolist() == [[low, low, low]] * 2
 
 
 def test_the_autoencoder_of_wan22_both_ways_streamed_and_in_tiles(base_5b):

@@ -7,7 +7,7 @@ import torch
 from flowmap import check_grid, consistency_sample, flow_map, interpolate
 
 
-def flow_map_simulation(u, z_1: torch.Tensor, grid, step: int) -> torch.Tensor:
+def flow_map_simulation(u, z_1: torch.Tensor, grid, step: int, renoise=None) -> torch.Tensor:
     """Flow-map backward simulation of the N-step Euler rollout around one of its steps.
 
         z_{t_k}     = map(z_1,         1       -> t_k)          shortcut, absent at k = 0
@@ -27,7 +27,7 @@ def flow_map_simulation(u, z_1: torch.Tensor, grid, step: int) -> torch.Tensor:
     return z
 
 
-def consistency_simulation(u, z_1: torch.Tensor, grid, renoise) -> torch.Tensor:
+def consistency_simulation(u, z_1: torch.Tensor, grid, step: int, renoise) -> torch.Tensor:
     """The baseline: N calls of the consistency sampler (jump to z_0, re-noise), gradient through the last one only.
     renoise: as for flowmap.consistency_sample."""
     check_grid(grid)
@@ -40,6 +40,11 @@ def consistency_simulation(u, z_1: torch.Tensor, grid, renoise) -> torch.Tensor:
             z = interpolate(z, renoise(z.shape[1:]).to(z), t)
     t = torch.full((len(z),), grid[-2], device=z.device)
     return flow_map(u, z, t, torch.zeros_like(t))
+
+
+# Every rollout is called as simulation(u, z_1, grid, step, renoise). The first draws no noise; the
+# second always trains its last step.
+SIMULATIONS = {"flow-map": flow_map_simulation, "consistency": consistency_simulation}
 
 
 def chunk_by_chunk(jump, write, context, z_1: torch.Tensor, chunks):

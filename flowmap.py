@@ -71,7 +71,7 @@ def check_grid(grid) -> None:
         raise ValueError(f"a time grid must fall strictly from 1 to 0, not {list(grid)}")
 
 
-def euler_sample(u, z: torch.Tensor, grid) -> torch.Tensor:
+def euler_sample(u, z: torch.Tensor, grid, renoise=None) -> torch.Tensor:
     """Follow the flow map over any decreasing grid, one call of u a step: noise z (B, ...) -> z_0.
 
     With r = t models (a teacher) each step still passes the next level as r; a network without a second time ignores
@@ -112,6 +112,10 @@ def consistency_sample(u, z: torch.Tensor, grid, renoise) -> torch.Tensor:
         if r > 0:
             z = interpolate(z, renoise(z.shape[1:]).to(z), torch.full_like(t, r))
     return z
+
+
+# Every sampler is called as sampler(u, z, grid, renoise); the Euler steps draw no noise.
+SAMPLERS = {"euler": euler_sample, "consistency": consistency_sample}
 
 
 def logit_normal_time(generator: torch.Generator, count: int, shift: float) -> torch.Tensor:

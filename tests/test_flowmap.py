@@ -53,6 +53,15 @@ def test_consistency_sampler_keeps_the_data_distribution_of_an_exact_map():
     assert z.std().item() == pytest.approx(GAUSSIAN.std, rel=0.02)
 
 
+@pytest.mark.parametrize("name", flowmap.SAMPLERS)
+def test_every_sampler_is_found_by_name_and_called_alike(name):
+    z, renoise = torch.ones(2, 3), lambda shape: torch.zeros(2, *shape)
+    u = lambda z, t, r: z * 0.5
+    # A jump of d multiplies by 1 - d / 2; re-noising with zeros halves the clean sample.
+    expected = {"euler": 0.75 * 0.75, "consistency": 0.5 * 0.5 * 0.75}[name]
+    assert flowmap.SAMPLERS[name](u, z, [1.0, 0.5, 0.0], renoise)[0, 0].item() == expected
+
+
 def test_grid_and_shift():
     assert flowmap.time_grid(1, 5.0) == [1.0, 0.0]
     assert flowmap.time_grid(4, 1.0) == [1.0, 0.75, 0.5, 0.25, 0.0]

@@ -168,13 +168,21 @@ def test_consistency_simulation_makes_n_calls_and_only_the_last_has_gradient():
     g = generator("sim")
     def renoise(shape, count=2):
         return torch.randn(count, *shape, generator=g)
-    backward_sim.consistency_simulation(u, torch.ones(2, 3), grid, renoise).sum().backward()
+    backward_sim.consistency_simulation(u, torch.ones(2, 3), grid, 0, renoise).sum().backward()
     assert seen == [(1.0, 0.0, False), (0.75, 0.0, False), (0.5, 0.0, False), (0.25, 0.0, True)]
     assert parameter.grad.abs() > 0
-    samples = backward_sim.consistency_simulation(lambda z, t, r: DATA.u(z, t, r), torch.randn(
-        20000, 2, generator=generator("z")), grid, partial(renoise, count=20000))
+    z_1 = torch.randn(20000, 2, generator=generator("z"))
+    samples = backward_sim.consistency_simulation(DATA.u, z_1, grid, 0, partial(renoise, count=20000))
     assert samples.mean().item() == pytest.approx(DATA.mean, abs=0.015)
     assert samples.std().item() == pytest.approx(DATA.std, rel=0.03)
+
+
+@pytest.mark.parametrize("name", backward_sim.SIMULATIONS)
+def test_every_rollout_is_found_by_name_and_called_alike(name):
+    u, renoise = lambda z, t, r: z * 0.5, lambda shape: torch.zeros(2, *shape)
+    z_0 = backward_sim.SIMULATIONS[name](u, torch.ones(2, 3), [1.0, 0.5, 0.0], 1, renoise)
+    # A jump of d multiplies by 1 - d / 2; re-noising with zeros halves the clean sample.
+    assert z_0[0, 0].item() == {"flow-map": 0.75 * 0.75, "consistency": 0.5 * 0.5 * 0.75}[name]
 
 
 # --- dmd.py

@@ -69,15 +69,20 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped, guidance
     return (F - target).square().flatten(1).mean(1)
 
 
-def balanced_loss(err, t, r, weight, flow_error, weight_before_balance: bool = False):
-    """Adaptive balance (B,): rows with r < t are scaled by mu / (err + 1e-5), so that the regression at r = t sets the
-    scale and a large gap cannot blow up; then the time weight w(t) applies to all rows.
+def balance_error(err, weight, weight_before_balance: bool = False):
+    """The error (B,) that is balanced: err, or err w(t) in the order of the released recipe. Its mean
+    over the r = t rows of the GLOBAL batch is the balance's mu."""
+    return err * weight if weight_before_balance else err
 
-    err (B,), weight (B,) = w(t), flow_error: mu, the mean err of the r = t rows of the GLOBAL batch (a float or a
-    tensor without gradient). weight_before_balance: the order of the released recipe, in which the weight multiplies err
-    first and so cancels for every row with r < t.
+
+def balanced_loss(err, t, r, weight, flow_error, weight_before_balance: bool = False):
+    """Adaptive balance (B,): rows with r < t are scaled by mu / (error + 1e-5), error being that of
+    `balance_error`, so that the regression at r = t sets the scale and a large gap cannot blow up.
+
+    err (B,), weight (B,) = w(t), flow_error: mu, a float or a tensor without gradient.
+    weight_before_balance: the released order, in which w(t) cancels for every row with r < t;
+    otherwise it applies after the balance, to all rows.
     """
-    if weight_before_balance:
-        err, weight = err * weight, torch.ones_like(weight)
-    scale = torch.where(r < t, flow_error / (err.detach() + 1e-5), torch.ones_like(err))
-    return scale * err * weight
+    error = balance_error(err, weight, weight_before_balance)
+    scale = torch.where(r < t, flow_error / (error.detach() + 1e-5), torch.ones_like(error))
+    return scale * error if weight_before_balance else scale * error * weight

@@ -123,8 +123,19 @@ def test_balance_and_weight():
     torch.testing.assert_close(loss, torch.tensor([1.0, 6.0, 1.0, 0.5]), rtol=1e-4, atol=0)
     gradient, = torch.autograd.grad(loss.sum(), err)
     torch.testing.assert_close(gradient, torch.tensor([1.0, 2.0, 2 / 5 * 0.5, 2 / 400 * 0.25]), rtol=1e-4, atol=0)
-    released = meanflow.balanced_loss(err, t, r, weight, flow_error=2.0, weight_before_balance=True)
-    torch.testing.assert_close(released, torch.tensor([1.0, 6.0, 2.0, 2.0]), rtol=1e-3, atol=0)
+
+
+def test_the_released_order_weighs_first_and_takes_mu_of_the_weighted_errors():
+    err = torch.tensor([1.0, 3.0, 5.0, 400.0])
+    t, r = torch.tensor([0.5, 0.6, 0.7, 0.8]), torch.tensor([0.5, 0.6, 0.0, 0.1])
+    weight = torch.tensor([1.0, 2.0, 0.5, 0.25])
+    mu = meanflow.balance_error(err, weight, weight_before_balance=True)[r == t].mean().item()
+    released = meanflow.balanced_loss(err, t, r, weight, mu, weight_before_balance=True)
+    weighted = err * weight
+    scale = weighted[:2].mean() / (weighted[2:] + 1e-5)
+    torch.testing.assert_close(released, torch.cat([weighted[:2], scale * weighted[2:]]))
+    # Both rows with r < t end at mu, 3.5 here, whatever their weight; the mean of err alone is 2.
+    torch.testing.assert_close(released, torch.tensor([1.0, 6.0, 3.5, 3.5]), rtol=1e-4, atol=0)
 
 
 # --- backward_sim.py

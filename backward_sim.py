@@ -1,6 +1,6 @@
-"""Rollouts that are trained through: from noise z_1 to a sample z_0 with gradient (METHOD section 6).
+"""Rollouts that are trained through: from noise z_1 to z_0 with gradient (docs/method.md, 5 and 7).
 
-Pure functions of a callable u(z, t, r) and a grid 1 = t_0 > ... > t_N = 0 (floats, equal on all ranks).
+Pure functions of a callable u(z, t, r) and a grid 1 = t_0 > ... > t_N = 0, the same on all ranks.
 """
 import torch
 
@@ -14,8 +14,9 @@ def flow_map_simulation(u, z_1: torch.Tensor, grid, step: int, renoise=None) -> 
         z_{t_{k+1}} = map(z_{t_k},     t_k     -> t_{k+1})      the step being corrected
         z_0         = map(z_{t_{k+1}}, t_{k+1} -> 0)            shortcut, absent at k = N - 1
 
-    z_1 (B, ...) noise, step = k in 0 .. N - 1. At most three calls, all with gradient, whatever N is. Because the flow
-    map composes, an exact u gives the same z_0 as the whole rollout. Raises ValueError for a step outside the grid.
+    z_1 (B, ...) noise, step = k in 0 .. N - 1. At most three calls, all with gradient, whatever N.
+    Flow maps compose: an exact u gives the z_0 of the whole rollout. Raises ValueError for a step
+    outside the grid.
     """
     check_grid(grid)
     if not 0 <= step < len(grid) - 1:
@@ -28,13 +29,13 @@ def flow_map_simulation(u, z_1: torch.Tensor, grid, step: int, renoise=None) -> 
 
 
 def consistency_simulation(u, z_1: torch.Tensor, grid, step: int, renoise) -> torch.Tensor:
-    """The baseline: N calls of the consistency sampler (jump to z_0, re-noise), gradient through the last one only.
+    """The baseline: N calls of the consistency sampler, gradient through the last one only.
     renoise: as for flowmap.consistency_sample."""
     check_grid(grid)
     z = z_1
     if len(grid) > 2:
         with torch.no_grad():
-            # The sampler over all but the last level ends on a clean sample, which is noised to that level once more.
+            # The sampler over all but the last level ends clean, and is noised to that level again.
             z = consistency_sample(u, z, [*grid[:-2], 0.0], renoise)
             t = torch.full((len(z),), grid[-2], device=z.device)
             z = interpolate(z, renoise(z.shape[1:]).to(z), t)
@@ -48,10 +49,11 @@ SIMULATIONS = {"flow-map": flow_map_simulation, "consistency": consistency_simul
 
 
 def chunk_by_chunk(jump, write, context, z_1: torch.Tensor, chunks):
-    """The causal rollout (METHOD section 7), for training and for sampling: yields each chunk's z_0 as it is ready.
+    """The causal rollout, for training and for sampling: yields each chunk's z_0 as it is ready.
 
-    z_1 (B, F, ...) noise; chunks: frames of each chunk, adding up to F. jump(z, context) turns a chunk's noise into its z_0
-    by any of the samplers or simulations; write(context, z_0) is the context of the next chunk, made without gradient.
+    z_1 (B, F, ...) noise; chunks: frames of each chunk, adding up to F. jump(z, context) turns a
+    chunk's noise into its z_0 by any of the samplers or simulations; write(context, z_0) is the
+    context of the next chunk, made without gradient.
     """
     for i, noise in enumerate(z_1.split(list(chunks), 1)):
         z_0 = jump(noise, context)

@@ -1,9 +1,13 @@
-"""Stage `distill`: distribution matching on the student's own samples (METHOD section 6, "DMD").
+"""Stage `distill`: distribution matching on the student's own samples (docs/method.md, 6).
 
-The student's sample z_0 is noised to a level tau, where two flow-matching networks say what a clean clip would be: the
-teacher (real score, guided) and a network that follows the student's samples (fake score). Their difference is the
-gradient of the reverse KL divergence. Pure functions; `real` and `fake` are callables u(z, t, r), called with r = t.
-Latents (B, F, C, H, W), times (B,) float32 in [0, 1].
+    z_tau = (1 - tau) z_0 + tau n                        the student's sample, noised
+    x     = z_tau - tau u(z_tau, tau, tau)               cleaned by the teacher: x_real, or x_fake
+    grad  = (x_fake - x_real) / mean |z_0 - x_real|
+    loss  = mean (z_0 - stopgrad(z_0 - grad))^2
+
+The teacher (real score) is guided, the fake score is a flow-matching network that follows the
+student's samples, and grad is that of the reverse KL divergence. Pure functions; `real` and `fake`
+are callables u(z, t, r), called with r = t. Latents (B, F, C, H, W), times (B,) in [0, 1].
 """
 import torch
 
@@ -12,20 +16,19 @@ from flowmap import expand, flow_matching_error, interpolate
 
 @torch.no_grad()
 def dmd_gradient(z_0: torch.Tensor, n: torch.Tensor, tau: torch.Tensor, real, fake) -> torch.Tensor:
-    """grad = (x_fake - x_real) / mean |z_0 - x_real| per sample, where x = z_tau - tau u(z_tau, tau, tau).
+    """grad, in fp32, each sample with its own normaliser.
 
-    In fp32, and as tau (u_real - u_fake): the common z_tau cancels before it can round the small difference away.
+    x_fake - x_real is taken as tau (u_real - u_fake): the z_tau of both would round it away.
     """
     z_tau = interpolate(z_0, n, tau)
     u_real, u_fake = real(z_tau, tau, tau), fake(z_tau, tau, tau)
     x_real = z_tau - expand(tau, z_0) * u_real
-    normaliser = (z_0 - x_real).abs().flatten(1).mean(1).clamp(min=1e-6)              # (B,)
+    normaliser = (z_0 - x_real).abs().flatten(1).mean(1).clamp(min=1e-6)    # (B,)
     return expand(tau, z_0) * (u_real - u_fake) / expand(normaliser, z_0)
 
 
 def dmd_loss(z_0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """mse(z_0, stopgrad(z_0 - grad)) per sample (B,): its derivative is 2 grad / (numel of a sample), its value the
-    mean square of the gradient."""
+    """The loss (B,): its derivative is 2 grad / (numel of a sample), its value mean grad^2."""
     return (z_0 - (z_0 - gradient).detach()).square().flatten(1).mean(1)
 
 

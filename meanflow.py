@@ -1,12 +1,12 @@
-"""Stage `flowmap`: the forward loss that turns a flow-matching network into a flow map (METHOD section 5).
+"""Stage `flowmap`: the loss that turns a flow-matching network into a flow map (docs/method.md, 4).
 
-    F      = (u_c - (1 - w) u_0) / w         guidance fusion: u_c is asked to be the guided velocity itself
+    F      = (u_c - (1 - w) u_0) / w         guidance fusion: u_c becomes the guided velocity itself
     dF/dt  ~ [u(z_t + a v, t + a, r) - u(z_t - b v, t - b, r)] / ((a + b) w)
     target = v - (t - r) dF/dt               the MeanFlow identity
     err    = mean (F - target)^2             per sample; at r = t this is flow matching
 
-Pure functions of tensors. `network` is any callable u(z, t, r, context) that returns fp32, whatever it multiplies in, and
-context is the prompt with all else that it knows (features (B, T, text_dim), or a model.Context), indexable by sample.
+Pure functions of tensors. `network` is any callable u(z, t, r, context) that returns fp32; context,
+indexable by sample, is the prompt and what else it knows (features (B, T, text_dim), or a Context).
 Latents are (B, F, C, H, W) in fp32, times (B,) float32 in [0, 1] with t >= r.
 """
 import torch
@@ -17,10 +17,10 @@ from flowmap import conditioned, expand, interpolate
 
 @torch.no_grad()
 def finite_difference(u, z_t, t, r, v, epsilon: float):
-    """d/dt of u(z_t, t, r) along the path (dz/dt = v), by a difference over [t - b, t + a], all in fp32.
+    """d/dt of u(z_t, t, r) along the path (dz/dt = v), over [t - b, t + a], all in fp32.
 
-    a and b are epsilon, cut where the interval would leave [r, 1]: one-sided there. The quotient divides by the gap
-    that the fp32 times really have, not by the intended one.
+    a and b are epsilon, cut where the interval would leave [r, 1]: one-sided there. The quotient
+    divides by the gap that the fp32 times really have, not by the intended one.
     """
     above, below = (t + epsilon).clamp(max=1), torch.maximum(t - epsilon, r)
     u_above = u(z_t + expand(above - t, z_t) * v, above, r)
@@ -30,8 +30,8 @@ def finite_difference(u, z_t, t, r, v, epsilon: float):
 
 @torch.no_grad()
 def exact_derivative(u, z_t, t, r, v, epsilon=None):
-    """The same by forward-mode differentiation, to check `finite_difference` on small networks. It needs the plain
-    attention kernel and does not work under FSDP."""
+    """The same by forward-mode differentiation, to check `finite_difference` on small networks. It
+    needs the plain attention kernel and does not work under FSDP."""
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda z, t: u(z, t, r), (z_t, t), (v, torch.ones_like(t)))[1]
 
@@ -39,18 +39,19 @@ def exact_derivative(u, z_t, t, r, v, epsilon=None):
 DERIVATIVES = {"finite-difference": finite_difference, "jvp": exact_derivative}
 
 
-def meanflow_error(network, x, n, t, r, context, null_context, dropped, guidance: float = 3.0, epsilon: float = 0.005,
+def meanflow_error(network, x, n, t, r, context, null_context, dropped,
+                   guidance: float = 3.0, epsilon: float = 0.005,
                    derivative: str = "finite-difference", all_ranks_differentiate: bool = False):
     """err (B,) of the forward loss, with gradient through u_c only.
 
-    context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose prompt was replaced by the
-    empty one; they are trained towards the plain velocity, because u_c and u_0 are then the same output.
+    context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose
+    prompt is the empty one; their u_c and u_0 are one output, trained towards the plain velocity.
     guidance: w, the classifier-free guidance scale (1 = none, which also saves the u_0 pass).
-    all_ranks_differentiate: make the calls of the derivative even if no row here needs them. Under FSDP every rank must
-    make the same calls, so this is True when any rank of the micro-batch holds a row with r < t.
+    all_ranks_differentiate: make the calls of the derivative even if no row here needs them. Under
+    FSDP all ranks must make the same calls: True when any rank of the micro-batch has a row r < t.
     """
     z_t, v, gap = interpolate(x, n, t), n - x, r < t
-    w = torch.where(dropped, 1.0, guidance).to(t)                                    # (B,)
+    w = torch.where(dropped, 1.0, guidance).to(t)                           # (B,)
     F = network(z_t, t, r, context)
     if guidance != 1:
         with torch.no_grad():
@@ -61,17 +62,19 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped, guidance
     target = v
     if all_ranks_differentiate or gap.any():
         rows, levels = gap.nonzero().squeeze(1), r
-        if not len(rows):                                # any row: its t - r is 0, but the difference needs room below t
-            rows, levels = torch.zeros(1, dtype=torch.long, device=t.device), torch.zeros_like(r)
-        u = conditioned(network, context if len(rows) == len(t) else context[rows])       # a long past is large to copy
+        if not len(rows):               # any row: its t - r is 0; level 0 leaves room below t
+            rows = torch.zeros(1, dtype=torch.long, device=t.device)
+            levels = torch.zeros_like(r)
+        # A long past is large to copy: with all rows the context stays as it is.
+        u = conditioned(network, context if len(rows) == len(t) else context[rows])
         dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], levels[rows], v[rows], epsilon)
         target = v.index_add(0, rows, -expand((t - r)[rows] / w[rows], dF_dt) * dF_dt)
     return (F - target).square().flatten(1).mean(1)
 
 
 def balance_error(err, weight, weight_before_balance: bool = False):
-    """The error (B,) that is balanced: err, or err w(t) in the order of the released recipe. Its mean
-    over the r = t rows of the GLOBAL batch is the balance's mu."""
+    """The error (B,) that is balanced: err or, in the released order, err w(t). Its mean over the
+    r = t rows of the GLOBAL batch is mu."""
     return err * weight if weight_before_balance else err
 
 

@@ -21,34 +21,42 @@ def test_velocity_is_the_derivative_of_the_path():
 
 
 def test_exact_maps_compose():
-    z, t, s, r = noise(16, 5), *(torch.full((16,), time, dtype=torch.float64) for time in (0.9, 0.5, 0.2))
+    z = noise(16, 5)
+    t, s, r = (torch.full((16,), time, dtype=torch.float64) for time in (0.9, 0.5, 0.2))
     jump = flowmap.flow_map(GAUSSIAN.u, z, t, r)
     two = flowmap.flow_map(GAUSSIAN.u, flowmap.flow_map(GAUSSIAN.u, z, t, s), s, r)
     torch.testing.assert_close(jump, two)
     torch.testing.assert_close(flowmap.flow_map(GAUSSIAN.u, z, t, t), z)
 
 
-@pytest.mark.parametrize("grid", [flowmap.time_grid(1, 5.0), flowmap.time_grid(2, 5.0), flowmap.time_grid(7, 1.0),
-                                  [1.0, 0.93, 0.2, 0.1, 0.0]])
+@pytest.mark.parametrize("grid", [
+    flowmap.time_grid(1, 5.0), flowmap.time_grid(2, 5.0), flowmap.time_grid(7, 1.0),
+    [1.0, 0.93, 0.2, 0.1, 0.0]])
 def test_euler_with_the_exact_average_velocity_is_exact_on_any_grid(grid):
     z = noise(64, 2)
     one, zero = torch.ones(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
     u = lambda z, t, r: GAUSSIAN.u(z, t.double(), r.double())
     grid_error = 1e-6                                       # the sampler hands out times in float32
-    torch.testing.assert_close(flowmap.euler_sample(u, z, grid), GAUSSIAN.map(z, one, zero), atol=grid_error, rtol=0)
+    sample, exact = flowmap.euler_sample(u, z, grid), GAUSSIAN.map(z, one, zero)
+    torch.testing.assert_close(sample, exact, atol=grid_error, rtol=0)
 
 
 def test_euler_with_the_instantaneous_velocity_converges_at_first_order():
     z = noise(64, 2)
-    exact = GAUSSIAN.map(z, torch.ones(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64))
+    one, zero = torch.ones(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+    exact = GAUSSIAN.map(z, one, zero)
     v = lambda z, t, r: GAUSSIAN.velocity(z, t.double())
-    errors = [(flowmap.euler_sample(v, z, flowmap.time_grid(n, 1.0)) - exact).abs().max().item() for n in (64, 128, 256)]
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1) and errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+    samples = [flowmap.euler_sample(v, z, flowmap.time_grid(n, 1.0)) for n in (64, 128, 256)]
+    errors = [(sample - exact).abs().max().item() for sample in samples]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.1)
 
 
 def test_consistency_sampler_keeps_the_data_distribution_of_an_exact_map():
-    z = flowmap.consistency_sample(GAUSSIAN.u, noise(20000, 2).float(), flowmap.time_grid(5, 5.0),
-                                   lambda shape, g=generator("renoise"): torch.randn(20000, *shape, generator=g))
+    g = generator("renoise")
+    renoise = lambda shape: torch.randn(20000, *shape, generator=g)
+    z_1, grid = noise(20000, 2).float(), flowmap.time_grid(5, 5.0)
+    z = flowmap.consistency_sample(GAUSSIAN.u, z_1, grid, renoise)
     assert z.mean().item() == pytest.approx(GAUSSIAN.mean, abs=0.01)
     assert z.std().item() == pytest.approx(GAUSSIAN.std, rel=0.02)
 
@@ -83,7 +91,7 @@ def test_roles_have_their_exact_share_at_every_global_batch(count):
         flow, consistency = r == t, (r == 0) & (r < t)
         assert bool(((0 <= r) & (r <= t) & (t <= 1)).all())
         assert flow.any() or count == 1
-        assert bool((flow[:-1] >= flow[1:]).all())                     # the r = t samples come first
+        assert bool((flow[:-1] >= flow[1:]).all())                  # the r = t samples come first
         totals += torch.stack([flow, consistency, ~flow & ~consistency]).sum(1)
     shares = totals / (draws * count)
     # Three standard errors of a share, were the roles drawn one by one; stratified ones stray less.
@@ -96,8 +104,9 @@ def test_roles_have_their_exact_share_at_every_global_batch(count):
 def test_time_weights_have_mean_one_under_the_training_times(name, shift):
     t, _ = flowmap.flow_map_times(generator("weights"), 400_000, shift)
     weight = flowmap.time_weight(t.double(), name, shift)
-    assert weight.mean().item() == pytest.approx(1, abs=4 * weight.std().item() / 400_000**0.5 + 1e-9)
-    single = flowmap.time_weight(t[:1].double(), name, shift)          # not normalised inside the batch
+    standard_error = weight.std().item() / 400_000**0.5
+    assert weight.mean().item() == pytest.approx(1, abs=4 * standard_error + 1e-9)
+    single = flowmap.time_weight(t[:1].double(), name, shift)       # not normalised in the batch
     torch.testing.assert_close(single, weight[:1])
 
 
@@ -115,5 +124,6 @@ def test_guidance_scale_one_is_the_conditional_output_and_needs_one_pass():
     def no_call(z, t, r):
         raise AssertionError("the empty prompt is not needed")
     z, t = noise(3, 2), torch.ones(3)
-    torch.testing.assert_close(flowmap.guided(lambda z, t, r: 5 * z, no_call, 1.0)(z, t, t), 5 * z)
-    torch.testing.assert_close(flowmap.guided(lambda z, t, r: 5 * z, lambda z, t, r: z, 4.0)(z, t, t), 5 * z + 3 * (5 * z - z))
+    u_c, u_0 = lambda z, t, r: 5 * z, lambda z, t, r: z
+    torch.testing.assert_close(flowmap.guided(u_c, no_call, 1.0)(z, t, t), 5 * z)
+    torch.testing.assert_close(flowmap.guided(u_c, u_0, 4.0)(z, t, t), 5 * z + 3 * (5 * z - z))

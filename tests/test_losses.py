@@ -27,27 +27,33 @@ def points(count=32, width=6):
 def small_network():
     g = generator("network")
     net = FlowMapDiT(PRESETS["tiny"]).init_weights(g)
-    with torch.no_grad():                                # fresh weights have a zero head: give it something to say
+    with torch.no_grad():                                # a fresh, zero head says nothing
         net.head.weight.normal_(std=0.3, generator=g)
     return net
 
 
 # --- meanflow.py
 
+def plain_error(x, n, t, r, dropped=KEPT, guidance=1.0, **options):
+    """The forward loss of the exact u of DATA, by default without guidance."""
+    text = TEXT[:len(x)]
+    return meanflow.meanflow_error(DATA.u, x, n, t, r, text, text, dropped[:len(x)],
+                                   guidance=guidance, **options)
+
+
 def test_exact_average_velocity_is_a_fixed_point_and_the_error_shrinks_as_epsilon_squared():
     z_t, t, r = points()
     x, n = on_path(DATA, z_t, t)
-    errors = [meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, KEPT, guidance=1.0, epsilon=e).sqrt().max().item()
-              for e in (0.04, 0.02, 0.01)]
+    errors = [plain_error(x, n, t, r, epsilon=e).sqrt().max().item() for e in (0.04, 0.02, 0.01)]
     assert errors[-1] < 1e-3
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
 
 
 def test_exact_derivative_makes_the_fixed_point_exact():
     z_t, t, r = points()
     x, n = on_path(DATA, z_t, t)
-    err = meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, KEPT, guidance=1.0, derivative="jvp")
-    assert err.max() < 1e-20
+    assert plain_error(x, n, t, r, derivative="jvp").max() < 1e-20
 
 
 @pytest.mark.parametrize("t, r", [(1.0, 0.2), (0.003, 0.0), (0.5, 0.499), (0.997, 0.0)])
@@ -70,16 +76,18 @@ def test_guidance_fusion_and_target_are_the_papers_formula():
     network = lambda z, t, r, text: z * t[:, None] ** 2 * (1 + r[:, None]) * (1 + text[:, 0])
     z_t = flowmap.interpolate(x, n, t)
     F = (network(z_t, t, r, text) - (1 - w) * network(z_t, t, r, null)) / w
-    dF_dt = (network(z_t + e * v, t + e, r, text) - network(z_t - e * v, t - e, r, text)) / (2 * e * w)
+    above, below = network(z_t + e * v, t + e, r, text), network(z_t - e * v, t - e, r, text)
+    dF_dt = (above - below) / (2 * e * w)
     expected = (F - (v - (t - r)[:, None] * dF_dt)).square().mean(1)
-    torch.testing.assert_close(meanflow.meanflow_error(network, x, n, t, r, text, null, KEPT[:8], w, e), expected)
+    err = meanflow.meanflow_error(network, x, n, t, r, text, null, KEPT[:8], w, e)
+    torch.testing.assert_close(err, expected)
 
 
 def test_a_dropped_prompt_is_trained_towards_the_plain_velocity():
     z_t, t, r = points()
     x, n = on_path(DATA, z_t, t)
-    guided = meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, ~KEPT, guidance=3.0)
-    torch.testing.assert_close(guided, meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, TEXT, KEPT, guidance=1.0))
+    guided = plain_error(x, n, t, r, dropped=~KEPT, guidance=3.0)
+    torch.testing.assert_close(guided, plain_error(x, n, t, r))
 
 
 def test_derivative_is_never_computed_for_flow_matching_rows():
@@ -89,21 +97,22 @@ def test_derivative_is_never_computed_for_flow_matching_rows():
         return z
     z, t, r = points(8)
     r[:5] = t[:5]
-    meanflow.meanflow_error(network, z, z, t, r, torch.ones(8, 1, 1), torch.zeros(8, 1, 1), KEPT[:8])
-    assert sizes == [8, 8, 3, 3]                         # u_c, u_0, and the two points of the rows with r < t
+    text, null = torch.ones(8, 1, 1), torch.zeros(8, 1, 1)
+    meanflow.meanflow_error(network, z, z, t, r, text, null, KEPT[:8])
+    assert sizes == [8, 8, 3, 3]                         # u_c, u_0, two points of rows r < t
     sizes.clear()
-    meanflow.meanflow_error(network, z, z, t, t, torch.ones(8, 1, 1), torch.zeros(8, 1, 1), KEPT[:8], guidance=1.0)
+    meanflow.meanflow_error(network, z, z, t, t, text, null, KEPT[:8], guidance=1.0)
     assert sizes == [8]
     # Under FSDP another rank may differentiate: the calls are made, and change nothing.
     t[0] = 1
-    err = meanflow.meanflow_error(DATA.u, z, z, t, t, TEXT[:8], TEXT[:8], KEPT[:8], guidance=1.0)
+    err = plain_error(z, z, t, t)
     assert err.isfinite().all()
-    same = meanflow.meanflow_error(DATA.u, z, z, t, t, TEXT[:8], TEXT[:8], KEPT[:8], guidance=1.0, all_ranks_differentiate=True)
+    same = plain_error(z, z, t, t, all_ranks_differentiate=True)
     torch.testing.assert_close(err, same, rtol=0, atol=0)
 
 
 def test_finite_difference_agrees_with_jvp_on_the_network():
-    """Relative error below 1e-3 in fp32, and e = 0.005 lies in the flat region: 0.0025 agrees with it too."""
+    """Within 1e-3 in fp32, and e = 0.005 lies in the flat region: 0.0025 agrees with it too."""
     net, g = small_network(), generator("jvp")
     z, v = torch.randn(2, 16, 2, 48, 2, 2, generator=g)
     t = 0.1 + 0.8 * torch.rand(16, generator=g)
@@ -122,7 +131,8 @@ def test_balance_and_weight():
     loss = meanflow.balanced_loss(err, t, r, weight, flow_error=2.0)
     torch.testing.assert_close(loss, torch.tensor([1.0, 6.0, 1.0, 0.5]), rtol=1e-4, atol=0)
     gradient, = torch.autograd.grad(loss.sum(), err)
-    torch.testing.assert_close(gradient, torch.tensor([1.0, 2.0, 2 / 5 * 0.5, 2 / 400 * 0.25]), rtol=1e-4, atol=0)
+    expected = torch.tensor([1.0, 2.0, 2 / 5 * 0.5, 2 / 400 * 0.25])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=0)
 
 
 def test_the_released_order_weighs_first_and_takes_mu_of_the_weighted_errors():
@@ -147,12 +157,14 @@ def test_flow_map_simulation_equals_the_rollout_for_an_exact_map(steps):
     u = lambda z, t, r: DATA.u(z, t.double(), r.double())
     rollout = flowmap.euler_sample(u, z, grid)
     for k in range(steps):
-        torch.testing.assert_close(backward_sim.flow_map_simulation(u, z, grid, k), rollout, atol=1e-6, rtol=0)
+        z_0 = backward_sim.flow_map_simulation(u, z, grid, k)
+        torch.testing.assert_close(z_0, rollout, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("steps, k, intervals", [
     (1, 0, [(1.0, 0.0)]), (4, 0, [(1.0, 0.75), (0.75, 0.0)]), (4, 3, [(1.0, 0.25), (0.25, 0.0)]),
-    (4, 1, [(1.0, 0.75), (0.75, 0.5), (0.5, 0.0)]), (50, 20, [(1.0, 0.6), (0.6, 0.58), (0.58, 0.0)])])
+    (4, 1, [(1.0, 0.75), (0.75, 0.5), (0.5, 0.0)]),
+    (50, 20, [(1.0, 0.6), (0.6, 0.58), (0.58, 0.0)])])
 def test_flow_map_simulation_makes_at_most_three_calls_all_with_gradient(steps, k, intervals):
     seen, outputs = [], []
     def u(z, t, r):
@@ -183,7 +195,8 @@ def test_consistency_simulation_makes_n_calls_and_only_the_last_has_gradient():
     assert seen == [(1.0, 0.0, False), (0.75, 0.0, False), (0.5, 0.0, False), (0.25, 0.0, True)]
     assert parameter.grad.abs() > 0
     z_1 = torch.randn(20000, 2, generator=generator("z"))
-    samples = backward_sim.consistency_simulation(DATA.u, z_1, grid, 0, partial(renoise, count=20000))
+    many = partial(renoise, count=20000)
+    samples = backward_sim.consistency_simulation(DATA.u, z_1, grid, 0, many)
     assert samples.mean().item() == pytest.approx(DATA.mean, abs=0.015)
     assert samples.std().item() == pytest.approx(DATA.std, rel=0.03)
 
@@ -207,14 +220,14 @@ def test_dmd_gradient_between_two_gaussians():
     x_real, x_fake = real.posterior_mean(z_tau, tau), fake.posterior_mean(z_tau, tau)
     expected = (x_fake - x_real) / (z_0 - x_real).abs().mean(1, keepdim=True)
     torch.testing.assert_close(gradient, expected)
-    # It points from the real to the fake distribution's score: minus it, up to the positive normaliser, moves towards
-    # the real mean.
+    # Going against it moves towards the real mean.
     assert gradient.mean() < 0
     assert dmd.dmd_gradient(z_0, n, tau, real.u, real.u).abs().max() == 0
 
 
 def test_dmd_loss_has_the_stated_derivative():
-    z_0, gradient = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 2, 3).double()
+    z_0, gradient = torch.randn(5, 2, 3, dtype=torch.float64), torch.randn(5, 2, 3).double()
+    z_0.requires_grad_()
     loss = dmd.dmd_loss(z_0, gradient)
     torch.testing.assert_close(loss, gradient.square().mean((1, 2)))
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), z_0)[0], 2 * gradient / 6)
@@ -231,7 +244,7 @@ def test_fake_score_leaves_the_student_alone_and_is_flow_matching():
 
 
 def test_dmd_descent_moves_a_gaussian_onto_the_target():
-    """A student that shifts and scales noise, with exact scores of target and student, ends at the target."""
+    """A student that shifts and scales noise, under exact scores of both, ends at the target."""
     real = Gaussian(mean=1.0, std=0.5)
     mean, log_std = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
     optimizer = torch.optim.Adam([mean, log_std], lr=0.05)
@@ -244,13 +257,15 @@ def test_dmd_descent_moves_a_gaussian_onto_the_target():
         optimizer.zero_grad()
         dmd.dmd_loss(z_0, gradient).mean().backward()
         optimizer.step()
-    assert mean.item() == pytest.approx(1.0, abs=0.05) and log_std.exp().item() == pytest.approx(0.5, abs=0.05)
+    assert mean.item() == pytest.approx(1.0, abs=0.05)
+    assert log_std.exp().item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_math_attention_is_the_same_network():
     """jvp needs the plain attention kernel; it must be the function that is trained."""
     net, g = small_network(), generator("kernel")
-    z, t, text = torch.randn(4, 2, 48, 2, 2, generator=g), torch.rand(4, generator=g), torch.randn(4, 3, 64, generator=g)
+    z, t = torch.randn(4, 2, 48, 2, 2, generator=g), torch.rand(4, generator=g)
+    text = torch.randn(4, 3, 64, generator=g)
     with sdpa_kernel(SDPBackend.MATH):
         plain = net(z, t, t / 2, text)
     torch.testing.assert_close(net(z, t, t / 2, text), plain, rtol=1e-4, atol=1e-5)

@@ -1,10 +1,10 @@
 # make demo: train the three stages on the toy set, sample, evaluate.   make demo-causal: the same chunk by chunk, from the
-# teacher that make demo trained.   make test: the whole test suite.
+# teacher that make demo trained.   make test: the whole test suite.   make lint: names, imports, lines.
 PYTHON ?= python3
 RUN ?= runs/toy-shapes
 BIN = .venv/bin
 
-.PHONY: demo demo-causal test
+.PHONY: demo demo-causal test lint
 
 demo: .venv/ready
 	$(BIN)/python train.py --stage pretrain --run-dir $(RUN)
@@ -24,6 +24,9 @@ demo-causal: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests
+
+lint: .venv/ready
+	$(BIN)/ruff check .
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

@@ -1,13 +1,14 @@
 """Speed and memory:
 
-    python bench.py write                            cost of remembering a finished chunk, from the 8th to the 64th of a long video
-    python bench.py plan --preset wan-14b --gpus 8   memory a GPU and traffic an update, simulated: nothing is allocated
-    python bench.py check                            the simulation against the measured memory of small networks, on this machine
+    python bench.py write      cost of appending a finished chunk to the cache of a long video
+    python bench.py plan --preset wan-14b --gpus 8       memory a GPU and traffic an update,
+                               simulated: nothing is allocated
+    python bench.py check      the simulation against the measured memory of small networks
 
-`write`: the attention of a compressed chunk to all compressed chunks before it grows with the video; --window bounds it.
-`plan`: one update of each stage as train.py makes it, of the largest kind (longest clip, deepest rollout), on fake tensors
-under a process group that only pretends, followed by torch's own memory tracker. Activation memory is that of the CPU's
-attention kernel, which keeps what the GPU's keeps: queries, keys, values, output, and a number a query.
+`write`: the attention of a compressed chunk to all compressed chunks before it grows with the video;
+--window bounds it. `plan`: train.update on networks of networks.build, with a batch of the largest
+kind (longest clip, deepest rollout), on fake tensors under a process group that pretends, followed by torch's own memory tracker. Activation memory is that of the CPU's attention kernel,
+which keeps what the GPU's keeps: queries, keys, values, output, and a number a query.
 """
 import os
 import subprocess
@@ -26,151 +27,98 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm, trange
 
-import backward_sim
-import checkpoint
 import cli
 import distributed
-import dmd
 import flowmap
-import lora
-import meanflow
-from model import PRESETS, Context, FlowMapDiT, ModelConfig, remember, teacher_forced
-from train import RECIPES, STAGES
+import networks
+import train
+import updates
+from cache import Context, append_chunk
+from config import STAGES, Config, chunks_of, recipe
+from model import PRESETS, FlowMapDiT, ModelConfig
 
-SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52), "wan-14b": (60, 104)}     # of the latents
+# Height and width of the latents.
+SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52),
+         "wan-14b": (60, 104)}
 GB = 1e9
 
 
-def write_cost(config: ModelConfig, size, frames: int, full_chunks: int, window: int, chunks: int, device) -> list[tuple]:
-    """(seconds, floating-point operations outside attention) of `remember` for each of `chunks` chunks of `frames` latent
-    frames, in order."""
+def synchronise(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def write_cost(config: ModelConfig, size, frames: int, full_chunks: int, window: int, chunks: int,
+               device) -> list[tuple]:
+    """(seconds, floating-point operations outside attention) of appending each of `chunks` chunks
+    of `frames` latent frames, in order."""
     net = FlowMapDiT(config).to(device).requires_grad_(False)
     g = distributed.generator("bench")
     z = torch.randn(1, frames, config.channels, *size, generator=g).to(device)
-    context, costs = Context(net.read(torch.randn(1, 16, config.text_dim, generator=g).to(device))), []
+    text = torch.randn(1, 16, config.text_dim, generator=g).to(device)
+    context, costs = Context(net.encode_prompt(text)), []
     for _ in trange(chunks, desc="write", unit="chunk"):
         with FlopCounterMode(display=False) as flops:
-            remember(net, context, z, full_chunks, window)
-        dense = sum(n for op, n in flops.get_flop_counts()["Global"].items() if "attention" not in str(op))
+            append_chunk(net, context, z, full_chunks, window)
+        counts = flops.get_flop_counts()["Global"].items()
+        dense = sum(count for op, count in counts if "attention" not in str(op))
+        synchronise(z.device)                        # what was queued before is not timed
         started = time.perf_counter()
-        context = remember(net, context, z, full_chunks, window)
-        if z.is_cuda:
-            torch.cuda.synchronize()
+        context = append_chunk(net, context, z, full_chunks, window)
+        synchronise(z.device)
         costs.append((time.perf_counter() - started, dense))
     return costs
 
 
 @dataclass
 class Case:
-    """What is planned: one stage of one network on some processes, with a clip a process and micro-batch."""
-    stage: str
-    config: ModelConfig
+    """What is planned: a stage on some processes, with one clip a process and micro-batch."""
+    c: Config                    # its batch_size is made to fit
+    config: ModelConfig          # of the weights that the stage starts from
     shape: tuple                 # latents (F, C, H, W)
-    chunks: tuple = ()           # latent frames of each chunk; none: bidirectional
-    full_chunks: int = 3
     gpus: int = 8
-    lora_rank: int = 256
-    checkpointing: bool = True
-    bf16: bool = True
     micro_steps: int = 1         # 2 stand for any number: more repeat the second
     tokens: int = 512            # of the prompt
 
+    def __post_init__(self):
+        self.c = replace(self.c, micro_batch=1, batch_size=self.gpus * self.micro_steps,
+                         lora_alpha=self.c.lora_alpha or float(self.c.lora_rank))
+
+
+def constant_batch(case: Case) -> updates.Batch:
+    """A batch of the largest kind: the longest clip, a row with r < t, a rollout of three jumps.
+    One clip a process: control flow that looks at times then looks at single numbers, which fake
+    tensors carry along."""
+    c, chunks = case.c, chunks_of(case.c, case.shape[0])
+    start = sum(chunks[:-(c.full_chunks or len(chunks))])
+    x, text = torch.randn(1, *case.shape), torch.randn(1, case.tokens, case.config.text_dim)
+    n = torch.randn(1, *case.shape)[:, start:]
+    t, r, kept = torch.tensor([0.75]), torch.tensor([0.25]), torch.zeros(1, dtype=torch.bool)
+    batch = updates.Batch(x, n, text, text, kept, {}, chunks, start, t, r, (0, 0, 1), some_gap=True)
+    if c.stage == "distill":
+        grid = flowmap.time_grid(4, c.shift)
+        batch.rollout = updates.Rollout(grid, 1, n, [[n[:, :frames]] * 3 for frames in chunks])
+        batch.tau, batch.tau_noise, batch.fake_t, batch.fake_noise = t, n, t, n
+    return batch
+
+
+def update(case: Case, nets: dict, parts: dict, world) -> None:
+    """An update as train.py makes it."""
+    log = distributed.Sums(train.LOGGED[case.c.stage])
+    batches = (constant_batch(case) for _ in range(case.micro_steps))
+    train.update(case.c, nets, parts, batches, 0, world, log)
+
 
 def build(case: Case, world, fake):
-    """The stage's networks, sharded, and what trains: ({name: network}, the modules below them, [Trainable])."""
-    names = ["student"] + ["teacher", "fake"] * (case.stage == "distill")
-    config = replace(case.config, second_time=case.stage != "pretrain", compressed=bool(case.chunks and case.full_chunks))
-    configs = [config] if case.lora_rank else [replace(config, second_time=config.second_time and name == "student") for name in names]
-    modules = []
-    for c in configs:
-        with torch.device("meta"):
-            net = FlowMapDiT(c)
-            if case.lora_rank:
-                net = net.requires_grad_(False).to(torch.bfloat16 if case.bf16 else torch.float32)
-                for name in names:
-                    lora.add_adapter(net, name, case.lora_rank, case.lora_rank)
-        for block in net.blocks:
-            block.checkpointing = case.checkpointing
-        modules.append(distributed.shard(net, world, case.bf16))
+    """({name: network}, {name: Trainable}) of a stage, as train.py makes them, with random weights.
+    fake(): the context in which they get their memory."""
+    nets = networks.build(case.c, networks.student_config(case.c, case.config), world)
     with fake():
-        for net in modules:
-            net.to_empty(device="cpu")
-            for p in net.parameters():
+        for module in networks.modules_of(nets):
+            module.to_empty(device="cpu")
+            for p in module.parameters():
                 local(p).data.normal_(std=0.02)
-        nets = dict(zip(names, modules)) if not case.lora_rank else {name: lora.Adapted(modules[0], name) for name in names}
-        trained = [checkpoint.trainable(nets[name], 1e-4, (0.9, 0.99), 0.0, with_ema=name == "student") for name in nets
-                   if name != "teacher"]
-        if case.stage == "distill":
-            nets["teacher"].requires_grad_(False)
-    return nets, modules, trained
-
-
-def update(case: Case, nets: dict, trained: list) -> None:
-    """One update as in train.py, with the losses of the largest kind. One clip a process: control flow that looks at times
-    then looks at single numbers, which fake tensors carry along."""
-    c, chunks = case.config, case.chunks or case.shape[:1]
-    full = case.full_chunks or len(chunks)
-    student, teacher, fake_score = (nets.get(name) for name in ("student", "teacher", "fake"))
-    x, text = torch.randn(1, *case.shape), torch.randn(1, case.tokens, c.text_dim)
-    start = sum(chunks[:-full])
-    n, t, r = torch.randn(1, *case.shape)[:, start:], torch.tensor([0.75]), torch.tensor([0.25])
-
-    def context(net, z_0=None):
-        clip = x if z_0 is None else torch.cat([x[:, :start], z_0.detach()], 1)
-        return teacher_forced(net, clip, text, chunks, case.full_chunks)
-
-    def flow_map_loss(last):
-        with torch.no_grad():
-            null_context = context(student)
-        err = meanflow.meanflow_error(student, x[:, start:], n, t, r, context(student), null_context,
-                                      torch.zeros(1, dtype=torch.bool), guidance=3.0, all_ranks_differentiate=True)
-        del null_context
-        backward(err, student, last)
-
-    def backward(loss, net, last):
-        distributed.sync_gradients(net, last)
-        loss.sum().backward()
-
-    def rollout():
-        def jump(z, context):
-            u = flowmap.conditioned(student, context)
-            return backward_sim.flow_map_simulation(u, z, flowmap.time_grid(4, 5.0), 1)
-        with torch.no_grad():
-            past = student.encode(x[:, :start], Context(text, chunks=chunks[:-full]), compressed=True) if start else ()
-        pieces = backward_sim.chunk_by_chunk(jump, lambda context, z_0: remember(student, context, z_0, full_chunks=0),
-                                             Context(text, past, start), n, chunks[-full:])
-        return torch.cat(list(pieces), 1)
-
-    rollouts = []
-    for micro_step in range(case.micro_steps):
-        last = micro_step == case.micro_steps - 1
-        if case.stage == "pretrain":
-            u = flowmap.conditioned(student, context(student))
-            backward(flowmap.flow_matching_error(u, x[:, start:], n, t), student, last)
-        elif case.stage == "flowmap":
-            flow_map_loss(last)
-        else:
-            z_0 = rollout()
-            real, fake = (lambda z, t, r, net=net: net(z, t, r, context(net, z_0)) for net in (teacher, fake_score))
-            gradient = dmd.dmd_gradient(z_0, n, t, real=flowmap.guided(real, real, 4.0), fake=fake)
-            backward(dmd.dmd_loss(z_0, gradient), student, False)
-            rollouts.append(z_0.detach())
-            del z_0, gradient
-            flow_map_loss(last)
-    step(trained[0])
-    for z_0 in rollouts:
-        u = flowmap.conditioned(fake_score, context(fake_score, z_0))
-        backward(dmd.fake_score_error(u, z_0, n, t), fake_score, z_0 is rollouts[-1])
-    for part in trained[1:]:
-        step(part)
-
-
-def step(part) -> None:
-    torch.nn.utils.clip_grad_norm_(part.network.parameters(), 1.0)
-    part.optimizer.step()
-    part.optimizer.zero_grad(set_to_none=True)
-    if part.ema is not None:
-        part.update_ema(0.99)
+        return nets, networks.trainables(case.c, nets)
 
 
 def local(tensor):
@@ -178,31 +126,40 @@ def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def local_bytes(tensors) -> int:
-    return sum(local(t).nbytes for t in tensors)
+def states_of(parts: dict) -> list:
+    """The optimisers' tensors."""
+    states = [state for part in parts.values() for state in part.optimizer.state.values()]
+    return [value for state in states for value in state.values()]
 
 
-def kept(modules, trained) -> dict:
-    """Bytes that a process keeps all the time; gradients, from the backward pass to the optimiser's step."""
-    weights = [p for part in trained for p in part.network.parameters()]
-    states = [value for part in trained for state in part.optimizer.state.values() for value in state.values()]
-    return {"parameters": local_bytes(p for net in modules for p in net.parameters()), "gradients": local_bytes(weights),
-            "optimiser": local_bytes(states), "EMA": local_bytes(trained[0].ema.values())}
+def kept(nets: dict, parts: dict) -> dict:
+    """Bytes that a process keeps all the time; gradients, from backward pass to optimiser step."""
+    def size(tensors):
+        return sum(local(t).nbytes for t in tensors)
+    weights = [p for module in networks.modules_of(nets) for p in module.parameters()]
+    trained = [p for part in parts.values() for p in part.network.parameters()]
+    return {"parameters": size(weights), "gradients": size(trained),
+            "optimiser": size(states_of(parts)), "EMA": size(parts["student"].ema.values())}
 
 
 class Ledger(MemTracker):
-    """torch's memory tracker without its account by module, whose hooks keep graphs alive and fail on frozen parameters; and
-    the bytes that this process receives in all-gathers and sends in reduce-scatters."""
+    """torch's memory tracker without its account by module, whose hooks keep graphs alive and fail
+    on frozen parameters; and the bytes that this process receives in all-gathers and sends in
+    reduce-scatters."""
 
     def __init__(self, size: int):
         super().__init__()
         self.share, self.gathered, self.reduced = (size - 1) / size, 0.0, 0.0
+
         def nothing(*args):
             pass
-        self._mod_tracker = SimpleNamespace(register_user_hooks=nothing, clear_user_hooks=nothing, __enter__=nothing,
-                                            __exit__=nothing, is_bw=False, parents=())
+        self._mod_tracker = SimpleNamespace(
+            register_user_hooks=nothing, clear_user_hooks=nothing, __enter__=nothing,
+            __exit__=nothing, is_bw=False, parents=())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].constant is None:
+            return 1.0                               # a gradient's norm: it is finite
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if out is not NotImplemented and "_allgather_base" in str(func):
             self.gathered += args[0].nbytes * self.share
@@ -212,140 +169,186 @@ class Ledger(MemTracker):
 
 
 def plan(case: Case) -> dict:
-    """Bytes a GPU of one update: parameters, gradients, optimiser, EMA, activations (with all other temporaries), peak, and
-    those of its traffic. Starts, and ends, a process group that only pretends."""
+    """Bytes a GPU of one update: parameters, gradients, optimiser, EMA, activations (with all other
+    temporaries), peak, and those of its traffic. Starts, and ends, a process group that only
+    pretends."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.gpus)
-    nets, modules, trained = build(case, distributed.World(0, case.gpus, torch.device("cpu")), lambda: mode)
-    out, ledger = kept(modules, trained), Ledger(case.gpus)
+    world = distributed.World(0, case.gpus, torch.device("cpu"))
+    nets, parts = build(case, world, lambda: mode)
+    out, ledger = kept(nets, parts), Ledger(case.gpus)
     with mode:
-        ledger.track_external(*(local(p) for net in modules for p in net.parameters()), *(local(e) for e in trained[0].ema.values()),
-                              *(local(v) for part in trained for state in part.optimizer.state.values() for v in state.values()))
+        weights = [p for module in networks.modules_of(nets) for p in module.parameters()]
+        tensors = [*weights, *parts["student"].ema.values(), *states_of(parts)]
+        ledger.track_external(*(local(tensor) for tensor in tensors))
         with ledger:
-            update(case, nets, trained)
+            update(case, nets, parts, world)
     torch.distributed.destroy_process_group()
     peak = sum(found["Total"] for found in ledger.get_tracker_snapshot("peak").values())
-    return out | {"activations": peak - sum(out.values()), "peak": peak, "gathered": ledger.gathered, "reduced": ledger.reduced}
+    return out | {"activations": peak - sum(out.values()), "peak": peak,
+                  "gathered": ledger.gathered, "reduced": ledger.reduced}
 
 
-CHECKED = ModelConfig(dim=512, heads=8, layers=4, ffn_dim=2048, text_dim=256, freq_dim=64)     # small enough to run here
+# Small enough to run here.
+CHECKED = ModelConfig(dim=512, heads=8, layers=4, ffn_dim=2048, text_dim=256, freq_dim=64)
 
 
 def checked_cases() -> list[Case]:
     """Two processes, full precision: every stage and kind."""
-    cases = [Case(stage, CHECKED, (8, 16, 24, 32), gpus=2, lora_rank=rank, checkpointing=on, bf16=False, tokens=64)
-             for stage, rank, on in (("pretrain", 0, False), ("flowmap", 32, True), ("distill", 0, True), ("distill", 32, False),
-                                     ("distill", 32, True))]
-    return [*cases, replace(cases[-1], chunks=(1, 3, 2, 2))]
+    kinds = (("pretrain", 0, False), ("flowmap", 32, True), ("distill", 0, True),
+             ("distill", 32, False), ("distill", 32, True))
+    cases = [Case(Config(stage=stage, lora_rank=rank, checkpointing=on), CHECKED, (8, 16, 24, 32),
+                  gpus=2, tokens=64) for stage, rank, on in kinds]
+    causal = replace(cases[-1].c, causal=True, chunks="1,3,2,2")
+    return [*cases, replace(cases[-1], c=causal)]
 
 
 def measure(case: Case) -> int:
-    """Bytes of resident memory that one real update of a case takes at its peak on this process, from before its networks
-    are made. For processes that torchrun started."""
+    """Bytes of resident memory that one real update of a case takes at its peak on this process,
+    from before its networks are made. For processes that torchrun started."""
     def resident(name):
-        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if name in line)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if name in line)
     world = distributed.start("cpu")
     distributed.barrier(world)
     torch.randn(64, 64) @ torch.randn(64, 64)
     before = resident("VmRSS")
-    nets, _, trained = build(case, world, nullcontext)
-    update(case, nets, trained)
+    nets, parts = build(case, world, nullcontext)
+    update(case, nets, parts, world)
     return resident("VmHWM") - before
 
 
 def name_of(case: Case) -> str:
-    kind = "causal" if case.chunks else "bidirectional"
-    return f"{case.stage} | {kind} | {f'adapters, rank {case.lora_rank}' if case.lora_rank else 'all weights'} | " \
-           f"{'yes' if case.checkpointing else 'no'}"
+    c = case.c
+    kind = "causal" if c.causal else "bidirectional"
+    trains = f"adapters, rank {c.lora_rank}" if c.lora_rank else "all weights"
+    return f"{c.stage} | {kind} | {trains} | {'yes' if c.checkpointing else 'no'}"
+
+
+def case_of(args, stage: str, checkpointing: bool, parser) -> Case:
+    """What the plan's flags ask for."""
+    config, wan = PRESETS[args.preset], args.preset.startswith("wan")
+    shape = (4, config.channels, *SIZES[args.preset])
+    if wan:
+        if (args.frames - 1) % 4 or args.height % 16 or args.width % 16:
+            parser.error(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and "
+                         f"--width {args.width} multiples of 16")
+        frames = (args.frames - 1) // 4 + 1
+        shape = (frames, config.channels, args.height // 8, args.width // 8)
+    settings = recipe(args.preset, stage, args.causal) | {
+        "stage": stage, "preset": args.preset, "causal": args.causal,
+        "checkpointing": checkpointing, "base": ""}
+    if args.lora_rank is not None:
+        settings["lora_rank"] = args.lora_rank
+    c = Config(**settings)
+    try:
+        chunks_of(c, shape[0])
+    except ValueError as error:
+        parser.error(f"--frames {args.frames}: {error}")
+    return Case(c, config, shape, args.gpus, args.micro_steps)
 
 
 def plan_main(args, parser) -> None:
-    config, (height, width) = PRESETS[args.preset], SIZES[args.preset]
-    wan = args.preset.startswith("wan")
-    if wan:
-        if (args.frames - 1) % 4 or args.height % 16 or args.width % 16:
-            parser.error(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and --width {args.width} multiples of 16")
-        shape = ((args.frames - 1) // 4 + 1, config.channels, args.height // 8, args.width // 8)
-    else:
-        shape = (4, config.channels, height, width)
-    chunks = ()
-    if args.causal:
-        chunks = tuple(cli.positive_ints(RECIPES[f"{args.preset}-causal"]["distill"]["chunks"] if wan else "1,1,1,1"))
-        if sum(chunks) != shape[0]:
-            parser.error(f"--causal: chunks {chunks} add up to {sum(chunks)} latent frames, but --frames {args.frames} makes {shape[0]}")
-    rank = RECIPES[args.preset]["distill"].get("lora_rank", 0) if args.lora_rank is None else args.lora_rank
-    print(f"{args.preset}, latents {' x '.join(map(str, shape))}, {args.gpus} GPUs, a clip each, {args.micro_steps} micro-batches "
-          f"an update. GB a GPU and update; activations with all other temporaries.\n\n"
-          "| stage | network | trains | checkpointing | parameters | gradients | optimiser | EMA | activations | peak | gathered | "
-          f"reduced | fits {args.memory} GB |\n|{'---|' * 13}")
-    rows = product(STAGES if args.stage == "all" else [args.stage], (True, False) if args.checkpointing is None else [args.checkpointing])
-    for stage, checkpointing in tqdm(list(rows), desc="plan (minutes a row at 14B)", unit="row"):
-        case = Case(stage, config, shape, chunks, 3, args.gpus, rank, checkpointing, bf16=wan, micro_steps=args.micro_steps)
+    stages = STAGES if args.stage == "all" else [args.stage]
+    kinds = (True, False) if args.checkpointing is None else [args.checkpointing]
+    cases = [case_of(args, stage, on, parser) for stage, on in product(stages, kinds)]
+    print(f"{args.preset}, latents {' x '.join(map(str, cases[0].shape))}, {args.gpus} GPUs, a "
+          f"clip each, {args.micro_steps} micro-batches an update. GB a GPU and update; "
+          "activations with all other temporaries.\n\n"
+          "| stage | network | trains | checkpointing | parameters | gradients | optimiser | EMA | "
+          f"activations | peak | gathered | reduced | fits {args.memory} GB |\n|{'---|' * 13}")
+    for case in tqdm(cases, desc="plan (minutes a row at 14B)", unit="row"):
         found = plan(case)
         fits = "yes" if found["peak"] * 1.1 < args.memory * GB else "no"
-        tqdm.write(f"| {name_of(case)} | " + " | ".join(f"{value / GB:.1f}" for value in found.values()) + f" | {fits} |")
-    print("\nfits: with a tenth more for what is not a tensor: CUDA's context, NCCL's buffers, fragmentation")
+        figures = " | ".join(f"{value / GB:.1f}" for value in found.values())
+        tqdm.write(f"| {name_of(case)} | {figures} | {fits} |")
+    print("\nfits: with a tenth more for what is not a tensor: CUDA's context, NCCL's buffers, "
+          "fragmentation")
 
 
 def check_main(args, parser) -> None:
-    cases = checked_cases()
     print("GB a process | stage | network | trains | checkpointing\n---|---|---|---|---")
     worst = 0.0
-    for number, case in enumerate(cases):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "BENCH_CASE": str(number)}
-        run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "check"],
-                             env=environment, capture_output=True, text=True)
+    for number, case in enumerate(checked_cases()):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
+                       "BENCH_CASE": str(number)}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc_per_node=2", __file__, "check"]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode:
             raise SystemExit(run.stderr)
         measured = int(run.stdout.split("measured")[1].split()[0])
         predicted = plan(case)["peak"]
         worst = max(worst, abs(measured / predicted - 1))
-        print(f"predicted {predicted / GB:.3f}, measured {measured / GB:.3f}, ratio {measured / predicted:.3f} | {name_of(case)}", flush=True)
+        print(f"predicted {predicted / GB:.3f}, measured {measured / GB:.3f}, ratio "
+              f"{measured / predicted:.3f} | {name_of(case)}", flush=True)
     print(f"furthest off: {100 * worst:.1f} %")
 
 
 def write_main(args, parser) -> None:
     world = distributed.start(args.device)
     config = replace(PRESETS[args.preset], compressed=args.full_chunks > 0)
-    runs = [write_cost(config, SIZES[args.preset], args.chunk_frames, args.full_chunks, args.window, 64, world.device)
-            for _ in range(args.repeats)]
+    runs = [write_cost(config, SIZES[args.preset], args.chunk_frames, args.full_chunks, args.window,
+                       64, world.device) for _ in range(args.repeats)]
     best = [min(costs) for costs in zip(*runs)]
     for number in (1, 2, 4, 8, 16, 32, 48, 64):
-        print(f"chunk {number:2}: {1000 * best[number - 1][0]:8.2f} ms, {best[number - 1][1] / 1e9:.4f} GFLOP outside attention")
+        seconds, dense = best[number - 1]
+        print(f"chunk {number:2}: {1000 * seconds:8.2f} ms, {dense / 1e9:.4f} GFLOP outside "
+              "attention")
     early, late = (sum(seconds for seconds, _ in best[n - 2:n + 2]) / 4 for n in (8, 62))
-    print(f"the 64th against the 8th: {late / early:.2f} x in time (means of four), {best[63][1] / best[7][1]:.2f} x in "
-          f"arithmetic outside attention")
+    print(f"the 64th against the 8th: {late / early:.2f} x in time (means of four), "
+          f"{best[63][1] / best[7][1]:.2f} x in arithmetic outside attention")
 
 
-def main(argv=None) -> None:
-    parser = cli.Parser("Measure speed, plan memory.", "python bench.py plan --preset wan-14b --causal --gpus 8")
-    parser.add_argument("what", type=cli.choice(("write", "plan", "check")), help="write: cost of remembering a chunk; plan: memory and "
-                        "traffic of training, simulated; check: the simulation against measurement")
-    parser.add_argument("--preset", type=cli.choice(tuple(SIZES)), default="toy", metavar="NAME", help="size (default toy)")
-    parser.add_argument("--chunk-frames", type=int, default=3, help="write: latent frames of a chunk (default 3)")
-    parser.add_argument("--full-chunks", type=int, default=3, help="write: full chunks, the newest included (default 3)")
-    parser.add_argument("--window", type=int, default=0, help="write: past chunks that are remembered (default 0: all)")
-    parser.add_argument("--repeats", type=int, default=5, help="write: runs; the fastest of each chunk counts (default 5)")
-    parser.add_argument("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
-                        help="write: auto, cpu or cuda (default auto)")
-    parser.add_argument("--gpus", type=int, default=8, help="plan: processes (default 8)")
-    parser.add_argument("--memory", type=int, default=80, help="plan: GB (10^9 bytes) of a GPU, to say what fits (default 80)")
-    parser.add_argument("--stage", type=cli.choice(("all", *STAGES)), default="all", metavar="NAME", help="plan: one stage (default all)")
-    parser.add_argument("--causal", action="store_true", help="plan: the chunk-by-chunk network")
-    parser.add_argument("--lora-rank", type=int, help="plan: rank of the adapters, 0 for all weights (default: the recipe's)")
-    parser.add_argument("--checkpointing", action=cli.argparse.BooleanOptionalAction, help="plan: only with or without (default both)")
-    parser.add_argument("--micro-steps", type=int, default=2, help="plan: micro-batches an update; more than 2 take what 2 take (default 2)")
-    parser.add_argument("--frames", type=int, default=81, help="plan: pixel frames (default 81)")
-    parser.add_argument("--height", type=int, default=480, help="plan: pixels (default 480)")
-    parser.add_argument("--width", type=int, default=832, help="plan: pixels (default 832)")
+def parse_args(argv=None):
+    parser = cli.Parser("Measure speed, plan memory.",
+                        "python bench.py plan --preset wan-14b --causal --gpus 8")
+    add = parser.add_argument
+    add("what", type=cli.choice(("write", "plan", "check")),
+        help="write: cost of appending a chunk; plan: memory and traffic of training, simulated; "
+        "check: the simulation against measurement")
+    add("--preset", type=cli.choice(tuple(SIZES)), default="toy", metavar="NAME",
+        help="size (default toy)")
+    add("--chunk-frames", type=int, default=3, help="write: latent frames of a chunk (default 3)")
+    add("--full-chunks", type=int, default=3,
+        help="write: full chunks, the newest included (default 3)")
+    add("--window", type=int, default=0, help="write: past chunks that are kept (default 0: all)")
+    add("--repeats", type=int, default=5,
+        help="write: runs; the fastest of each chunk counts (default 5)")
+    add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
+        help="write: auto, cpu or cuda (default auto)")
+    add("--gpus", type=int, default=8, help="plan: processes (default 8)")
+    add("--memory", type=int, default=80,
+        help="plan: GB (10^9 bytes) of a GPU, to say what fits (default 80)")
+    add("--stage", type=cli.choice(("all", *STAGES)), default="all", metavar="NAME",
+        help="plan: one stage (default all)")
+    add("--causal", action="store_true", help="plan: the chunk-by-chunk network (default off)")
+    add("--lora-rank", type=int,
+        help="plan: rank of the adapters, 0 for all weights (default: the recipe's)")
+    add("--checkpointing", action=cli.argparse.BooleanOptionalAction,
+        help="plan: only with or without (default both)")
+    add("--micro-steps", type=int, default=2,
+        help="plan: micro-batches an update; more than 2 take what 2 take (default 2)")
+    add("--frames", type=int, default=81, help="plan: pixel frames (default 81)")
+    add("--height", type=int, default=480, help="plan: pixels (default 480)")
+    add("--width", type=int, default=832, help="plan: pixels (default 832)")
     args = parser.parse(argv)
-    for name in ("chunk_frames", "repeats", "gpus", "memory", "micro_steps", "frames", "height", "width"):
+    at_least_1 = ("chunk_frames", "repeats", "gpus", "memory", "micro_steps", "frames", "height",
+                  "width")
+    for name in at_least_1:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if (args.lora_rank or 0) < 0 or args.window < 0 or args.full_chunks < 0:
         parser.error("--lora-rank, --window and --full-chunks: must be at least 0")
+    return args, parser
+
+
+def main(argv=None) -> None:
+    args, parser = parse_args(argv)
     if args.what == "check" and "BENCH_CASE" in os.environ:      # a process that check_main started
-        print(f"measured {measure(checked_cases()[int(os.environ['BENCH_CASE'])])} " * (os.environ["RANK"] == "0"))
+        found = measure(checked_cases()[int(os.environ["BENCH_CASE"])])
+        if os.environ["RANK"] == "0":
+            print(f"measured {found}")
         distributed.stop()
     {"write": write_main, "plan": plan_main, "check": check_main}[args.what](args, parser)
 

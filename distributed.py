@@ -99,19 +99,41 @@ def sum_over_ranks(*values: float, world: World) -> list[float]:
     return total.tolist()
 
 
+class RunningMean:
+    """Mean over ranks of what was added so far, such as the r = t errors of an update. It stays on
+    the device: nobody waits for its value."""
+
+    def __init__(self, world: World):
+        self.size, self.total = world.size, 0.0
+
+    def add(self, values: torch.Tensor, default: float) -> torch.Tensor:
+        """The mean (), or `default` while there is nothing. Every rank must call it."""
+        found = torch.stack([values.sum().double(), values.new_tensor(len(values)).double()])
+        if self.size > 1:
+            dist.all_reduce(found)
+        self.total = self.total + found
+        return torch.where(self.total[1] > 0, self.total[0] / self.total[1], default)
+
+
 class Sums:
-    """Sums and counts of what is logged, over micro-batches and ranks; .means() empties it."""
+    """Sums and counts of what is logged, over micro-batches and ranks; .means() empties it. Sums
+    stay on the device until then."""
 
     def __init__(self, names):
         self.values = {name: [0.0, 0] for name in names}
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        self.values[name][0] += values.detach().double().sum().item()
-        self.values[name][1] += values.numel()
+        pair = self.values[name]
+        pair[0] = pair[0] + values.detach().double().sum()
+        pair[1] += values.numel()
 
     def means(self, world: World) -> dict[str, float]:
-        flat = sum_over_ranks(*(x for pair in self.values.values() for x in pair), world=world)
-        out = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(self.values) if flat[2 * i + 1]}
+        pairs = [float(number) for pair in self.values.values() for number in pair]
+        flat = sum_over_ranks(*pairs, world=world)
+        out = {}
+        for name, total, count in zip(self.values, flat[::2], flat[1::2]):
+            if count:
+                out[name] = total / count
         self.values = {name: [0.0, 0] for name in self.values}
         return out
 

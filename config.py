@@ -1,0 +1,273 @@
+"""Settings of training: the flags of train.py, the recipes, and what a stage takes over.
+
+A flag that is given wins; then what the stage was begun with; then what the stage before hands on;
+then the recipe of the preset; then the defaults here.
+"""
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import backward_sim
+import cli
+import flowmap
+import meanflow
+from cli import flag
+from model import PRESETS
+
+STAGES = ("pretrain", "flowmap", "distill")
+
+
+@dataclass
+class Config:
+    # --- the run
+    stage: str = flag("pretrain", "which stage to train", choices=STAGES)
+    preset: str = flag("toy", "size of the network and its recipe", choices=tuple(PRESETS))
+    data: str = flag("shapes", "toy set 'shapes', 'loop' (shapes that come back in) or 'digits', a "
+                     "folder of mp4/gif clips with captions, or a folder of shards")
+    run_dir: str = flag("", "folder of the run; stages are folders in it (default "
+                        "runs/PRESET-DATA, or runs/PRESET-DATA-causal)")
+    frames: int = flag(8, "frames of a clip")
+    size: int = flag(16, "height and width of a clip in pixels")
+    seed: int = flag(0, "seed of weights, data order, noise and times")
+    base: str = flag("", "pretrain: weights to start from, a finished stage or Wan2.1 (see "
+                     "wan.py), or none for fresh ones; flowmap: flow-map weights to go on with, such as "
+                     "AnyFlow's, in place of stage pretrain (default none; pretrain with --causal "
+                     "and the toy preset runs/toy-DATA/pretrain)")
+    fresh: bool = flag(False, "delete what this stage has saved and start anew, not resume")
+    # --- chunk by chunk
+    causal: bool = flag(False, "generate chunk by chunk, each one seeing the clean ones before it")
+    chunks: str = flag("1,1,1,1", "causal: latent frames of each chunk; the toy codec makes one of "
+                       "two pixel frames")
+    full_chunks: int = flag(3, "causal: how many chunks are full, the newest included; older ones "
+                            "are compressed. 0: all")
+    # --- how it is computed
+    device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    lora_rank: int = flag(0, "train low-rank adapters of this rank on the frozen weights that the "
+                          "stage starts from; in distill, student, teacher and fake score are then "
+                          "adapters of one base. 0: train all weights")
+    lora_alpha: float = flag(0.0, "an adapter is scaled by alpha / rank; 0: the rank")
+    bf16: bool = flag(False, "multiply in bf16, with fp32 master weights; for GPUs")
+    shard: str = flag("all", "FSDP2 spreads the weights over all processes, or over those of each "
+                      "node, with a copy a node: less traffic between nodes, more memory",
+                      choices=("all", "node"))
+    compile: bool = flag(False, "torch.compile each block: faster on GPUs, after minutes")
+    checkpointing: bool = flag(False, "keep no activations inside a block, compute them again: "
+                               "less memory, a third more time")
+    # --- optimisation
+    steps: int = flag(1000, "updates of the network")
+    batch_size: int = flag(32, "samples of an update, over all processes and accumulation steps")
+    micro_batch: int = flag(0, "samples a process takes at once; 0: no gradient accumulation")
+    lr: float = flag(1e-3, "peak learning rate of AdamW")
+    lr_end: float = flag(1.0, "last learning rate as a fraction of the peak, reached by a cosine; "
+                         "1 keeps it constant")
+    warmup: int = flag(50, "updates over which the learning rate rises")
+    beta1: float = flag(0.9, "AdamW's first-moment decay; 0 for distill, whose gradient changes as "
+                        "the student moves")
+    beta2: float = flag(0.95, "AdamW's second-moment decay; short, so that it follows the losses' "
+                        "changing scale")
+    weight_decay: float = flag(0.0, "none, as in the released recipe")
+    clip: float = flag(1.0, "gradients are scaled down to this norm")
+    ema_decay: float = flag(0.99, "decay of the weights' moving average, which is sampled")
+    ema_start: int = flag(100, "update at which the average starts, by copying the weights")
+    text_drop: float = flag(0.1, "fraction of prompts replaced by the empty one; guidance needs it")
+    # --- the forward loss, of flowmap and of distill's co-training
+    shift: float = flag(5.0, "timestep shift s: more of training and sampling goes to high noise; "
+                        "5 is Wan's")
+    guidance: float = flag(2.0, "guidance scale fused into the flow map; 1 is none, and "
+                           "u_0 + w (u_c - u_0) in general")
+    epsilon: float = flag(0.005, "half width of the finite difference, in [0, 1] time; must lie "
+                          "where d u / d t is flat")
+    derivative: str = flag("finite-difference", "how dF/dt is taken",
+                           choices=tuple(meanflow.DERIVATIVES))
+    time_weight: str = flag("beta", "density w(t) of the forward loss",
+                            choices=tuple(flowmap.TIME_WEIGHTS))
+    weight_before_balance: bool = flag(False, "the released order, in which w(t) cancels for r < t")
+    flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
+    consistency_fraction: float = flag(0.25, "fraction with r = 0; 1 - flow fraction makes a "
+                                       "consistency model")
+    # --- distill
+    rollout: str = flag("flow-map", "backward simulation of distill",
+                        choices=tuple(backward_sim.SIMULATIONS))
+    budgets: str = flag("2,4,8,16,50", "step counts N of a rollout; one is drawn an update")
+    real_guidance: float = flag(2.0, "guidance scale of the teacher in DMD: 4 for the paper's "
+                                "'cond + 3 (cond - uncond)'. With the scale fused into the flow map, "
+                                "small and large steps aim at the same clips")
+    cotrain: float = flag(1.0, "factor of the forward flow-map loss in distill; it keeps the "
+                          "any-step map alive")
+    fake_lr: float = flag(1e-3, "peak learning rate of the fake score")
+    fake_rollout: str = flag("shared", "the fake score trains on the student's rollout of the same "
+                             "update, or on a fresh one of the updated student",
+                             choices=("shared", "fresh"))
+    # --- bookkeeping
+    save_every: int = flag(200, "updates between checkpoints")
+    log_every: int = flag(10, "updates between rows of log.jsonl")
+    max_skips: int = flag(5, "stop after this many updates in a row with a non-finite gradient")
+
+
+# A later stage takes these over from the stage before it, unless a flag says otherwise.
+INHERITED = ("preset", "data", "frames", "size", "shift", "causal", "chunks", "full_chunks",
+             "lora_rank", "lora_alpha")
+# These may change when a run is resumed.
+CHANGEABLE = ("steps", "run_dir", "micro_batch", "device", "checkpointing", "shard", "compile",
+              "fresh", "save_every", "log_every", "max_skips")
+
+# The released recipe, for Wan2.1.
+COMMON = dict(bf16=True, checkpointing=True, lora_rank=256, micro_batch=1, save_every=20)
+FORWARD = dict(COMMON, steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000)
+WAN = {
+    "pretrain": FORWARD,
+    "flowmap": dict(FORWARD, guidance=3.0),
+    "distill": dict(COMMON, steps=1000, lr=2e-6, fake_lr=2e-6, warmup=0, beta1=0.0, beta2=0.999,
+                    ema_start=200, guidance=3.0, real_guidance=4.0),
+}
+WAN_14B = {
+    "pretrain": WAN["pretrain"] | dict(batch_size=16, steps=4000),
+    "flowmap": WAN["flowmap"] | dict(batch_size=16, steps=4000),
+    "distill": WAN["distill"] | dict(batch_size=16),
+}
+WAN_CAUSAL = {stage: dict(chunks="1,3,3,3,3,3,3,2") for stage in STAGES}
+
+# What differs from the defaults, by preset and stage. LOG.md says why where it was measured.
+RECIPES = {
+    "wan-1.3b": WAN,
+    "wan-5b": WAN,
+    "wan-14b": WAN_14B,
+    "toy": {
+        "pretrain": dict(steps=6000, batch_size=16, lr=2e-3, lr_end=0.05, ema_start=200),
+        "flowmap": dict(steps=2200, batch_size=16, lr_end=0.05),
+        "distill": dict(steps=330, batch_size=24, lr=2e-4, beta1=0.0, beta2=0.999, warmup=10,
+                        ema_decay=0.97, ema_start=50, budgets="1,1,2,4,8,16,50", cotrain=8.0),
+    },
+    "tiny": {  # seconds a stage: for tests and smoke runs
+        "pretrain": dict(steps=20, batch_size=8, warmup=5, ema_start=5, save_every=10),
+        "flowmap": dict(steps=12, batch_size=8, warmup=5, ema_start=5, save_every=6),
+        "distill": dict(steps=6, batch_size=8, beta1=0.0, beta2=0.999, warmup=2, ema_start=2,
+                        save_every=3),
+    },
+}
+# What differs again with --causal.
+CAUSAL_RECIPES = {
+    "wan-1.3b": WAN_CAUSAL,
+    "wan-5b": WAN_CAUSAL,
+    "wan-14b": WAN_CAUSAL,
+    "toy": {  # starts from the bidirectional teacher
+        "pretrain": dict(base="runs/toy-{data}/pretrain", steps=1500, lr=1e-3, lr_end=0.1),
+        "flowmap": dict(steps=1500),
+        "distill": dict(steps=120, real_guidance=1.5),
+    },
+    "tiny": {},
+}
+
+
+def recipe(preset: str, stage: str, causal: bool) -> dict:
+    """What a stage of a preset is trained with, where it differs from the defaults."""
+    return RECIPES[preset][stage] | (CAUSAL_RECIPES[preset].get(stage, {}) if causal else {})
+
+
+def stage_before(stage: str) -> str:
+    """The stage that comes before, or ''."""
+    return {"flowmap": "pretrain", "distill": "flowmap"}.get(stage, "")
+
+
+def default_text(field) -> str:
+    toy = RECIPES["toy"]
+    if any(field.name in toy[stage] for stage in STAGES):
+        values = [f"{stage} {toy[stage].get(field.name, field.default)}" for stage in STAGES]
+        return "default " + ", ".join(values)
+    return f"default {field.default}"
+
+
+def parse_config(argv=None) -> Config:
+    parser = cli.Parser("Train a stage of an any-step video model.",
+                        "python train.py --stage flowmap --steps 500")
+    parser.add_config(Config, default_text)
+    given = vars(parser.parse(argv))
+    stage = given.get("stage", Config.stage)
+    given["run_dir"] = given.get("run_dir") or default_run(given)
+    values = taken_over(Path(given["run_dir"]), stage, given.get("fresh", False)) | given
+    preset, causal = values.get("preset", Config.preset), values.get("causal", False)
+    c = Config(**recipe(preset, stage, causal) | values)
+    c.base = "" if c.base == "none" else c.base.format(data=Path(c.data).name)
+    check(c, given, parser)
+    c.lora_alpha = c.lora_alpha or float(c.lora_rank)
+    return c
+
+
+def default_run(given: dict) -> str:
+    data, causal = Path(given.get("data", Config.data)).name, given.get("causal", False)
+    return f"runs/{given.get('preset', Config.preset)}-{data}{'-causal' if causal else ''}"
+
+
+def taken_over(run: Path, stage: str, fresh: bool) -> dict:
+    """Settings of the stage, if it was begun; else those that the stage before hands on."""
+    own = [field.name for field in fields(Config) if field.name != "fresh"]
+    places = [] if fresh else [(stage, own)]
+    places += [(stage_before(stage), INHERITED)]
+    for name, names in places:
+        file = run / name / "config.json"
+        if name and file.exists():
+            record = json.loads(file.read_text())["config"]
+            return {name: record[name] for name in names if name in record}
+    return {}
+
+
+AT_LEAST_1 = ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips")
+AT_LEAST_0 = ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup", "cotrain",
+              "weight_decay")
+ABOVE_0 = ("lr", "shift", "guidance", "real_guidance", "epsilon", "clip", "fake_lr")
+FRACTIONS = ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction",
+             "consistency_fraction")
+
+
+def check(c: Config, given: dict, parser) -> None:
+    """Ends with a message for the first setting that cannot be. given: flags of the command."""
+    def need(names, right, rule):
+        for name in names:
+            if not right(getattr(c, name)):
+                parser.error(f"{flag_name(name)} {getattr(c, name)}: must {rule}")
+    need(AT_LEAST_1, lambda value: value >= 1, "be at least 1")
+    need(ABOVE_0, lambda value: value > 0, "be above 0")
+    need(FRACTIONS, lambda value: 0 <= value <= 1, "lie in [0, 1]")
+    need(["seed"], lambda value: 0 <= value < 1_000_000,
+         "lie in [0, 1000000); higher ones are for clips that eval.py holds back")
+    need(["epsilon"], lambda value: value <= 0.5, "be at most 0.5, the half width of all times")
+    need(AT_LEAST_0, lambda value: value >= 0, "be at least 0")
+    for name in ("chunks", "full_chunks"):
+        if name in given and not c.causal:
+            parser.error(f"{flag_name(name)} is for --causal: a bidirectional clip is one chunk")
+    if c.flow_fraction + c.consistency_fraction > 1:
+        parser.error("--flow-fraction and --consistency-fraction: together at most 1")
+    for name in ("budgets", "chunks"):
+        try:
+            cli.positive_ints(getattr(c, name))
+        except cli.argparse.ArgumentTypeError as error:
+            parser.error(f"--{name} {error}")
+    if c.lora_rank and c.stage == "pretrain" and not c.base:
+        parser.error("--lora-rank: adapters need weights to adapt; give them with --base, or train "
+                     "all weights with --lora-rank 0")
+    if c.base and c.stage == "distill":
+        parser.error("--base is for stages pretrain and flowmap; stage distill starts from those")
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def chunks_of(c: Config, frames: int) -> tuple[int, ...]:
+    """Latent frames of each chunk of a clip of so many; a bidirectional clip is one chunk. Raises
+    ValueError for chunks of another length."""
+    if not c.causal:
+        return (frames,)
+    chunks = tuple(cli.positive_ints(c.chunks))
+    if sum(chunks) != frames:
+        raise ValueError(f"--chunks {c.chunks}: add up to {sum(chunks)}, but clips have {frames} "
+                         "latent frames")
+    return chunks
+
+
+def learning_rate(c: Config, step: int, peak: float) -> float:
+    """Linear warm-up, then a cosine from the peak to lr_end * peak at the last step."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / c.steps))
+    rise = min(1, (step + 1) / max(1, c.warmup))
+    return peak * rise * (c.lr_end + (1 - c.lr_end) * cosine)

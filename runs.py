@@ -1,0 +1,166 @@
+"""The run folder: what a stage is built on, where its clips come from, and what is recorded of it.
+
+A run is a folder with a folder for each stage, see checkpoint.py for what these hold.
+"""
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import cli
+import data
+import distributed
+import encoders
+import wan
+from config import CHANGEABLE, STAGES, Config, chunks_of, stage_before
+from model import PRESETS
+
+CODEC = "codec.safetensors"
+
+
+def origin_of(c: Config) -> str:
+    """The folder or file of weights that a stage starts from; '' for fresh ones."""
+    before = stage_before(c.stage)
+    return c.base or (str(Path(c.run_dir) / before) if before else "")
+
+
+def needed_stages(c: Config) -> tuple:
+    return () if c.base else STAGES[:STAGES.index(c.stage)]
+
+
+def check_start(c: Config, world) -> bool:
+    """Whether the stage starts anew. Raises ValueError when it cannot start or go on."""
+    run = Path(c.run_dir)
+    stage = run / c.stage
+    for name in needed_stages(c):
+        if not (run / name / "model.safetensors").exists():
+            raise ValueError(f"stage {c.stage} needs stage {name}, which is not finished in {run}. "
+                             f"First run: python train.py --stage {name} --run-dir {run}")
+    if c.base and not Path(c.base).exists():
+        raise ValueError(f"--base {c.base}: not there. First run: python train.py --stage pretrain "
+                         f"--data {c.data} (or start from fresh weights with --base none)")
+    per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
+    if c.batch_size % per_step:
+        raise ValueError(f"--batch-size {c.batch_size} is not a multiple of {per_step}: "
+                         f"{world.size} processes times {per_step // world.size} samples "
+                         "(--micro-batch)")
+    cli.check_folder(stage, "--run-dir")
+    begun = read_record(stage)
+    # What a launch has begun afresh it goes on with, when it is started once more.
+    fresh = distributed.on_main(
+        lambda: c.fresh and not distributed.is_restart(begun.get("launch")), world)
+    if begun and not fresh:
+        if change := change_between(begun["config"], dataclasses.asdict(c)):
+            raise ValueError(f"{stage} was started with {change}: use --fresh to start it anew, or "
+                             "another --run-dir")
+        for weights, checksum in distributed.on_main(lambda: built_on(c), world).items():
+            if begun.get("built_on", {}).get(weights, checksum) != checksum:
+                raise ValueError(f"{stage} was started on weights {weights} that have changed "
+                                 "since: use --fresh to start this stage anew, too")
+    return fresh
+
+
+def read_record(stage: Path) -> dict:
+    """config.json of a stage; {} for one that was not begun."""
+    file = stage / "config.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def change_between(then: dict, now: dict) -> str:
+    """The first setting that changed and may not, or ''."""
+    for name, value in now.items():
+        if name in then and name not in CHANGEABLE and then[name] != value:
+            return f"{name} = {then[name]}, not {value}"
+    return ""
+
+
+def built_on(c: Config) -> dict[str, str]:
+    """Checksums of the weights that a stage is built on, by stage, or by file name of --base."""
+    files = {name: Path(c.run_dir) / name / "model.safetensors" for name in needed_stages(c)}
+    if c.base:
+        files = {file.name: file for file in wan.weight_files(Path(c.base))}
+    return {name: data.checksum(file) for name, file in files.items()}
+
+
+def open_source(c: Config, fresh: bool):
+    """Where latents and prompt features come from: shards, or clips and captions behind stand-ins
+    for encoders, which the first stage fits. Raises ValueError for a set that cannot be used."""
+    try:
+        source = data.open_data(c.data, c.frames, c.size)
+        if isinstance(source, data.Shards):
+            return source
+        places = [Path(origin_of(c) or "none") / CODEC]
+        places += [] if fresh else [Path(c.run_dir) / c.stage / CODEC]
+        found = [place for place in places if place.exists()]
+        if found:
+            codec = encoders.PatchPCA.from_state(load_file(found[-1]))
+        else:
+            clips = source.clips(range(1024), seed=c.seed)[0]
+            codec = encoders.PatchPCA.fit(clips, PRESETS[c.preset].channels)
+        words = encoders.Words.of(source.captions, PRESETS[c.preset].text_dim)
+        return encoders.Encoded(source, codec, words)
+    except ValueError as error:
+        raise ValueError(f"--data {c.data}: {error}") from None
+
+
+def fit_to(source, config, origin: str, c: Config) -> None:
+    """Have the source give what a network of `config` is told of first frames. Raises ValueError
+    when they do not fit each other."""
+    wanted = ["condition"] if config.image_channels else []
+    wanted += ["image"] if config.image_dim else []
+    if not set(wanted) <= set(source.conditioning):
+        raise ValueError(f"{origin} is an image-to-video network, and --data {c.data} has no first "
+                         "frames: make shards with `python data.py encode --base` and the pipeline "
+                         "folder of these weights")
+    source.conditioning = wanted                     # nothing else is read
+    channels, width = source.latent_shape[1], source.null_text.shape[1]
+    if config.channels != channels or config.text_dim != width:
+        raise ValueError(f"{origin} works on {config.channels} channels and prompts of width "
+                         f"{config.text_dim}, but --data {c.data} has {channels} and {width}")
+
+
+def prepare(c: Config, source, fresh: bool, world) -> None:
+    """Make the stage's folder, with the codec in it, which all ranks then use."""
+    stage = Path(c.run_dir) / c.stage
+    own_codec = not isinstance(source, data.Shards)
+    if world.is_main:
+        if fresh:
+            shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True, exist_ok=True)
+        if own_codec and not (stage / CODEC).exists():
+            aside = stage / f"{CODEC}.partial"
+            save_file(source.codec.state(), aside)
+            aside.rename(stage / CODEC)
+    distributed.barrier(world)
+    if own_codec:
+        source.codec = encoders.PatchPCA.from_state(load_file(stage / CODEC))
+
+
+def record(c: Config, source, first: int) -> None:
+    """Write config.json, and take rows out of log.jsonl of updates that are made again."""
+    stage = Path(c.run_dir) / c.stage
+    settings = {} if isinstance(source, data.Shards) else {"vocabulary": source.words.vocabulary}
+    settings |= {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
+                 "latent_shape": source.latent_shape,
+                 "chunks": chunks_of(c, source.latent_shape[0]),
+                 "text_length": len(source.null_text), "built_on": built_on(c),
+                 "launch": distributed.launch()}
+    data.write_text(stage / "config.json", json.dumps(settings, indent=1))
+    log = stage / "log.jsonl"
+    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+    whole = [row for row in rows if row.endswith("}\n")]           # the last may be cut short
+    data.write_text(log, "".join(row for row in whole if json.loads(row)["step"] <= first))
+
+
+def git_revision() -> str:
+    """The commit that ran, with '+' when files differ; 'unknown' outside a git checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True,
+                              cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -34,7 +34,8 @@ import dmd
 import flowmap
 import lora
 import meanflow
-from model import PRESETS, Context, FlowMapDiT, ModelConfig, remember, teacher_forced
+from cache import Context, append_chunk, teacher_forced
+from model import PRESETS, FlowMapDiT, ModelConfig
 from train import RECIPES, STAGES
 
 SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52), "wan-14b": (60, 104)}     # of the latents
@@ -42,18 +43,18 @@ GB = 1e9
 
 
 def write_cost(config: ModelConfig, size, frames: int, full_chunks: int, window: int, chunks: int, device) -> list[tuple]:
-    """(seconds, floating-point operations outside attention) of `remember` for each of `chunks` chunks of `frames` latent
+    """(seconds, floating-point operations outside attention) of `append_chunk` for each of `chunks` chunks of `frames` latent
     frames, in order."""
     net = FlowMapDiT(config).to(device).requires_grad_(False)
     g = distributed.generator("bench")
     z = torch.randn(1, frames, config.channels, *size, generator=g).to(device)
-    context, costs = Context(net.read(torch.randn(1, 16, config.text_dim, generator=g).to(device))), []
+    context, costs = Context(net.encode_prompt(torch.randn(1, 16, config.text_dim, generator=g).to(device))), []
     for _ in trange(chunks, desc="write", unit="chunk"):
         with FlopCounterMode(display=False) as flops:
-            remember(net, context, z, full_chunks, window)
+            append_chunk(net, context, z, full_chunks, window)
         dense = sum(n for op, n in flops.get_flop_counts()["Global"].items() if "attention" not in str(op))
         started = time.perf_counter()
-        context = remember(net, context, z, full_chunks, window)
+        context = append_chunk(net, context, z, full_chunks, window)
         if z.is_cuda:
             torch.cuda.synchronize()
         costs.append((time.perf_counter() - started, dense))
@@ -137,7 +138,7 @@ def update(case: Case, nets: dict, trained: list) -> None:
             return backward_sim.flow_map_simulation(u, z, flowmap.time_grid(4, 5.0), 1)
         with torch.no_grad():
             past = student.encode(x[:, :start], Context(text, chunks=chunks[:-full]), compressed=True) if start else ()
-        pieces = backward_sim.chunk_by_chunk(jump, lambda context, z_0: remember(student, context, z_0, full_chunks=0),
+        pieces = backward_sim.chunk_by_chunk(jump, lambda context, z_0: append_chunk(student, context, z_0, full_chunks=0),
                                              Context(text, past, start), n, chunks[-full:])
         return torch.cat(list(pieces), 1)
 

@@ -114,6 +114,12 @@ def consistency_sample(u, z: torch.Tensor, grid, renoise) -> torch.Tensor:
     return z
 
 
+SAMPLERS = {                                 # all called with (u, z, grid, renoise)
+    "euler": lambda u, z, grid, renoise: euler_sample(u, z, grid),
+    "consistency": consistency_sample,
+}
+
+
 def logit_normal_time(generator: torch.Generator, count: int, shift: float) -> torch.Tensor:
     """Times (count,) = sigma(sigmoid(N(0, 1))), for `pretrain` and the fake score (METHOD sections 4, 6)."""
     return shift_time(torch.randn(count, generator=generator).sigmoid(), shift)

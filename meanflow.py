@@ -6,7 +6,7 @@
     err    = mean (F - target)^2             per sample; at r = t this is flow matching
 
 Pure functions of tensors. `network` is any callable u(z, t, r, context) that returns fp32, whatever it multiplies in, and
-context is the prompt with all else that it knows (features (B, T, text_dim), or a model.Context), indexable by sample.
+context is the prompt with all else that it knows (features (B, T, text_dim), or a cache.Context), indexable by sample.
 Latents are (B, F, C, H, W) in fp32, times (B,) float32 in [0, 1] with t >= r.
 """
 import torch

@@ -38,7 +38,9 @@ import meanflow
 import wan
 from cli import flag
 from distributed import barrier
-from model import PRESETS, Context, FlowMapDiT, Tensors, as_flow_map, remember, teacher_forced
+from cache import Context, append_chunk, teacher_forced
+from checkpoint import Tensors
+from model import PRESETS, FlowMapDiT
 
 STAGES = ("pretrain", "flowmap", "distill")
 STAGE_BEFORE = dict(zip(STAGES[1:], STAGES))
@@ -232,7 +234,7 @@ class Batch:
     n: torch.Tensor                  # noise (B, frames that are trained, C, H, W)
     text: torch.Tensor               # prompts (B, T, text_dim)
     null_text: torch.Tensor          # empty prompts
-    picture: dict                    # what an image-to-video network is told of first frames, by the names of model.Context
+    conditioning: dict               # what an image-to-video network is told of first frames, by the names of model.Context
     slots: torch.Tensor              # (B,) places in the global batch
     chunks: tuple
     start: int
@@ -320,16 +322,16 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
         extra = len(all_chunks) - full_chunks
         chunks = all_chunks[:full_chunks + (int(count * (extra + 1)) if extra > 0 and coin < 0.5 else 0)]
         start, stop = sum(chunks[:-full_chunks]), sum(chunks)
-        x, text, picture = source.draw((step * c.batch_size + slots).tolist(), seed=c.seed)
+        x, text, conditioning = source.draw((step * c.batch_size + slots).tolist(), seed=c.seed)
         n = noise(latent_shape, step, "noise", slots=slots)
         tensors = x[:, :stop], n[:, start:stop], text, source.null_text.expand_as(text)
-        picture = {name: picture[name].to(world.device) for name in wanted}
-        return Batch(*(tensor.to(world.device) for tensor in tensors), picture, slots, chunks, start)
+        conditioning = {name: conditioning[name].to(world.device) for name in wanted}
+        return Batch(*(tensor.to(world.device) for tensor in tensors), conditioning, slots, chunks, start)
 
     def context(net, batch: Batch, text, z_0=None) -> Context:
         """The prompt and the clean chunks that each trained chunk may see: the data's, or the samples z_0."""
         x = batch.x if z_0 is None else torch.cat([batch.x[:, :batch.start], z_0.detach()], 1)
-        return teacher_forced(net, x, Context(text, **batch.picture), batch.chunks, c.full_chunks)
+        return teacher_forced(net, x, Context(text, **batch.conditioning), batch.chunks, c.full_chunks)
 
     def drop_text(step: int, batch: Batch):
         """Which prompts are dropped (B,), a fraction text_drop, and the prompts with the empty one in their place."""
@@ -374,7 +376,7 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
             raise ValueError(f"{stage} is not an adapter of {base}, which this stage adapts: train all weights with --lora-rank 0")
         if not adapter:
             return None, stage
-        return (tensors if config.second_time else as_flow_map(tensors)), stage
+        return (tensors if config.second_time else wan.as_flow_map(tensors)), stage
 
     if c.lora_rank:
         # The weights that the stage before adapted, or those that it ended with.
@@ -394,11 +396,11 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
             raise ValueError(f"--base {origin} is a flow map already, and a teacher knows one time only: go on with it by --stage "
                              f"flowmap --base {origin}, or give flow-matching weights")
         config, state = wan.load(origin, second_time=c.stage != "pretrain", compressed=compressed)
-    wanted = ["known"] * (config.image_channels > 0) + ["image"] * (config.image_dim > 0)
-    if not set(wanted) <= set(source.picture):
+    wanted = ["condition"] * (config.image_channels > 0) + ["image"] * (config.image_dim > 0)
+    if not set(wanted) <= set(source.conditioning):
         raise ValueError(f"{origin} is an image-to-video network, and --data {c.data} has no first frames: make shards with `python "
                          f"data.py encode --base` and the pipeline folder of these weights")
-    source.picture = wanted                              # nothing else is read
+    source.conditioning = wanted                              # nothing else is read
     if config.channels != latent_shape[1] or config.text_dim != source.null_text.shape[1]:
         raise ValueError(f"{origin} works on {config.channels} channels and prompts of width {config.text_dim}, but --data "
                          f"{c.data} has {latent_shape[1]} and {source.null_text.shape[1]}")
@@ -505,11 +507,11 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
             return backward_sim.consistency_simulation(u, z, grid, renoise)
 
         with torch.no_grad():                             # the compressed context is the data's
-            new, known = batch.chunks[-full_chunks:], Context(batch.text, **batch.picture)
-            old = dataclasses.replace(known, chunks=batch.chunks[:-full_chunks])
-            past = student_net.encode(batch.x[:, :batch.start], old, compressed=True) if batch.start else ()
-        chunks = backward_sim.chunk_by_chunk(jump, lambda context, z_0: remember(student_net, context, z_0, full_chunks=0),
-                                             dataclasses.replace(known, past=past, start=batch.start), z_1, new)
+            new, told = batch.chunks[-full_chunks:], Context(batch.text, **batch.conditioning)
+            old = dataclasses.replace(told, chunks=batch.chunks[:-full_chunks])
+            cache = student_net.encode(batch.x[:, :batch.start], old, compressed=True) if batch.start else ()
+        chunks = backward_sim.chunk_by_chunk(jump, lambda context, z_0: append_chunk(student_net, context, z_0, full_chunks=0),
+                                             dataclasses.replace(told, cache=cache, start=batch.start), z_1, new)
         return torch.cat(list(chunks), 1)
 
     def dmd_student_loss(step: int, batch: Batch, last: bool) -> torch.Tensor:

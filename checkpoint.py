@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import checksum
 from distributed import World, merge_over_ranks, on_main, sum_over_ranks
-from model import ModelConfig, Tensors
+from model import ModelConfig
+
+
+class Tensors(Mapping):
+    """Named tensors, each read or made only when it is asked for: a large model never lies in
+    memory twice."""
+
+    def __init__(self, makers: dict):
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.makers[name]()
+
+    def __iter__(self):
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
 
 
 @dataclass

@@ -144,7 +144,7 @@ def fit_frame(frame: np.ndarray, height: int, width: int) -> torch.Tensor:
 class Shards:
     """A folder of latents and prompt features: safetensors shards, each with `latents` (n, F, C, h, w), `text` (n, T, D) and
     its captions, and manifest.json, which lists them with counts and checksums. For image-to-video networks also what these
-    are told of the first frame: `image` (n, I, image_dim) and `known` (n, F, image_channels, h, w), see model.Context.
+    are told of the first frame: `image` (n, I, image_dim) and `condition` (n, F, image_channels, h, w), see cache.Context.
 
     Raises ValueError for a shard that is missing or not as long as the manifest says; `python data.py check` reads all.
     """
@@ -168,15 +168,15 @@ class Shards:
         if not self.places:
             raise ValueError(f"{path}: no clip in any shard")
         with safe_open(self.path / self.places[0][0], "pt") as file:
-            self.picture = [name for name in ("image", "known") if name in file.keys()]
+            self.conditioning = tuple(name for name in ("image", "condition") if name in file.keys())
 
     def __len__(self) -> int:
         return len(self.places)
 
     def draw(self, indices, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Latents (B, F, C, h, w), prompt features (B, T, D) and, by name, what is known of first frames (`picture`), float32.
+        """Latents (B, F, C, h, w), prompt features (B, T, D) and, by name, what is told of first frames (`conditioning`), float32.
         Each len(self) consecutive indices show every clip once, in an order given by (seed, epoch)."""
-        rows, orders = {name: [] for name in ("latents", "text", *self.picture)}, {}
+        rows, orders = {name: [] for name in ("latents", "text", *self.conditioning)}, {}
         for index in map(int, indices):
             epoch, place = divmod(index, len(self))
             if epoch not in orders:
@@ -317,7 +317,7 @@ def encode(args, parser) -> None:
         pixels = video[None].float() / 127.5 - 1
         tensors = {"latents": codec.encode(pixels), "text": text([captions[file.name]])}
         if picture:
-            tensors |= {"image": picture(video[0]), "known": codec.known(pixels[:, 0], tensors["latents"].shape[1])}
+            tensors |= {"image": picture(video[0]), "condition": codec.condition(pixels[:, 0], tensors["latents"].shape[1])}
         writer.add(file.name, captions[file.name], **{name: tensor[0].to(dtype) for name, tensor in tensors.items()})
     for problem in problems:
         print(f"skipped {problem}", file=sys.stderr)

@@ -76,10 +76,10 @@ def shard(network: torch.nn.Module, world: World, bf16: bool, over: str = "all")
                                   cast_forward_inputs=False)
     for block in network.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-        register_fsdp_forward_method(block, "read")
+        register_fsdp_forward_method(block, "encode_prompt")
     # Sharded again after every forward: a last call without gradient would else leave whole weights for a checkpoint to save.
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for method in ("encode", "read"):                            # these, too, gather the weights before they run
+    for method in ("encode", "encode_prompt"):                            # these, too, gather the weights before they run
         register_fsdp_forward_method(network, method)
     return network
 

@@ -117,7 +117,7 @@ def split_words(caption: str) -> list[str]:
 
 class Encoded:
     """A set of clips (data.py) behind the two stand-in encoders, with the interface of data.Shards."""
-    picture = ()
+    conditioning = ()
 
     def __init__(self, dataset, codec: PatchPCA, words: Words):
         self.dataset, self.codec, self.words = dataset, codec, words
@@ -186,7 +186,7 @@ class WanCodec:
         """Pixel frames of so many latent frames: the first is one frame, every other one four."""
         return self.stride * (latents - 1) + 1
 
-    def known(self, picture: torch.Tensor, latents: int) -> torch.Tensor:
+    def condition(self, picture: torch.Tensor, latents: int) -> torch.Tensor:
         """What Wan2.1-I2V is told of a clip of so many latent frames that starts with picture (B, 3, H, W) in [-1, 1]: a mask,
         1 for each pixel frame that is given, and the latents of the picture with grey after it, (B, F, 4 + C, h, w)."""
         video = picture.new_zeros(len(picture), self.frames(latents), *picture.shape[1:])

@@ -241,7 +241,7 @@ def save_latents(folder: Path, world, pipeline: Pipeline, captions, seeds, grid,
     for i in tqdm(rows, desc="latents", disable=not world.is_main):
         z_0 = torch.cat(list(latents(pipeline, [captions[i]], [seeds[i]], grid, sampler, guidance, **options)), 1)[0]
         tensors = {"latents": z_0, "text": pipeline.words([captions[i]])[0]}
-        tensors |= {name: m[0] for name, m in zip(("image", "known"), options.get("picture", ())) if m is not None}
+        tensors |= {name: m[0] for name, m in zip(("image", "condition"), options.get("picture", ())) if m is not None}
         writer.add(f"{i:07d}", captions[i], **{name: tensor.bfloat16() for name, tensor in tensors.items()})
     writer.close(pipeline.words([pipeline.null_prompt])[0].bfloat16())
     print(f"{folder}: part {world.rank + 1} of {world.size}, {len(writer.done)} clips")

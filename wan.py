@@ -10,6 +10,7 @@ is ever run), in the layout of Diffusers or Wan's own, bare or under an entry su
 import json
 import shutil
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from safetensors.torch import save_file
 import checkpoint
 import cli
 import lora
-from model import FlowMapDiT, ModelConfig, Tensors, as_causal, as_flow_map
+from checkpoint import Tensors
+from model import FlowMapDiT, ModelConfig, compressed_patch_embed
 
 # Every module by name: ours, Diffusers', Wan's own ('' where a layout has no such tensor).
 TOP = (
@@ -225,6 +227,29 @@ def load_foreign(path) -> tuple[ModelConfig, Tensors]:
     for other in sorted(shapes.keys() - set(theirs.values())):
         raise ValueError(f"{path}: tensor {other}, of shape {shapes[other]}, is not of this network")
     return config, Tensors({name: partial(tensors.__getitem__, other) for name, other in theirs.items()})
+
+
+def as_flow_map(state: Mapping) -> Tensors:
+    """A plain teacher's tensors with the second time embedder added, a copy of the first: at r = t
+    the network is the teacher exactly, whatever the gate."""
+    makers = {name: partial(state.__getitem__, name) for name in state}
+    for name in state:
+        if name.startswith("time_embed."):
+            makers[name.replace("time_embed.", "r_embed.")] = makers[name]
+    return Tensors(makers)
+
+
+def as_causal(state: Mapping) -> Tensors:
+    """A bidirectional network's tensors with the compressed patch embedding added, interpolated
+    from the patch embedding."""
+    def make(part):
+        embed = {name: state[f"patch_embed.{name}"] for name in ("weight", "bias")}
+        return compressed_patch_embed(embed)[part]
+
+    makers = {name: partial(state.__getitem__, name) for name in state}
+    for part in ("weight", "bias"):
+        makers[f"far_patch_embed.{part}"] = partial(make, part)
+    return Tensors(makers)
 
 
 def export(stage, to, base=None, copy: bool = False) -> Path:

@@ -7,9 +7,10 @@ import torch
 import backward_sim
 import golden
 import model
+import wan
 from flowmap import conditioned, euler_sample, time_grid
 from golden import CAUSAL, ROLLOUT, ROLLOUT_SIDES, SMALL, inputs, network
-from model import Context, remember, teacher_forced
+from cache import Context, append_chunk, teacher_forced
 
 PARTITIONS = [(1, 3, 3, 3, 3, 3, 3, 2), (2,) * 6, (1,) * 5]
 
@@ -22,14 +23,14 @@ def test_cached_generation_equals_the_uncached_forward(chunks, full_chunks, batc
     net = network(CAUSAL)
     z, t, r, text = inputs(CAUSAL, batch, sum(chunks))
     clean = inputs(CAUSAL, batch, sum(chunks), seed=1)[0]
-    context, start = Context(net.read(text)), 0
+    context, start = Context(net.encode_prompt(text)), 0
     for i, frames in enumerate(chunks):
         past = clean[:, :start]
         whole = teacher_forced(net, torch.cat([past, z[:, start:start + frames]], 1), text, chunks[:i + 1], full_chunks)
         noisy = torch.cat([past, z[:, start:start + frames]], 1)[:, whole.start:]
         expected = net(noisy, t, r, whole)[:, -frames:]
         assert (net(z[:, start:start + frames], t, r, context) - expected).abs().max() < 1e-5
-        context = remember(net, context, clean[:, start:start + frames], full_chunks)
+        context = append_chunk(net, context, clean[:, start:start + frames], full_chunks)
         start += frames
     assert context.start == sum(chunks)
 
@@ -42,7 +43,7 @@ def test_clean_never_sees_noisy_and_no_chunk_sees_a_later_one(full_chunks):
 
     def outputs(z, clean):
         context = teacher_forced(net, clean, text, chunks, full_chunks)
-        keys = torch.cat([k for chunk in context.past for layer in chunk.memory for k in layer], 1)
+        keys = torch.cat([k for chunk in context.cache for layer in chunk.keys_values for k in layer], 1)
         return net(z[:, context.start:], t, r, context), keys, context.start
     u, keys, first = outputs(z, clean)
     starts = [sum(chunks[:i]) for i in range(5)]
@@ -69,14 +70,14 @@ def test_a_single_chunk_is_the_bidirectional_network():
     net, (z, t, r, text) = network(CAUSAL), inputs(CAUSAL)
     context = teacher_forced(net, z, text, (3,), 3)
     assert torch.equal(net(z, t, r, context), net(z, t, r, text))
-    assert (net(z, t, r, Context(net.read(text))) - net(z, t, r, text)).abs().max() < 1e-6
+    assert (net(z, t, r, Context(net.encode_prompt(text))) - net(z, t, r, text)).abs().max() < 1e-6
     assert torch.equal(net(z[1:], t[1:], r[1:], context[1:]), net(z[1:], t[1:], r[1:], text[1:]))
 
 
-def test_a_new_prompt_is_read_anew():
+def test_a_new_prompt_is_encoded_anew():
     net, (z, t, r, text) = network(CAUSAL), inputs(CAUSAL)
-    context = remember(net, Context(net.read(text)), z, 3)
-    other = replace(context, text=net.read(-text))
+    context = append_chunk(net, Context(net.encode_prompt(text)), z, 3)
+    other = replace(context, text=net.encode_prompt(-text))
     expected = net(z, t, r, replace(context, text=-text))
     torch.testing.assert_close(net(z, t, r, other), expected, rtol=1e-4, atol=1e-5)
     assert (net(z, t, r, context) - expected).abs().max() > 1e-3
@@ -85,7 +86,7 @@ def test_a_new_prompt_is_read_anew():
 def test_rows_of_a_context():
     """The finite difference asks for some samples only."""
     net, (z, t, r, text) = network(CAUSAL), inputs(CAUSAL, batch=3, frames=6)
-    context, rows = teacher_forced(net, z, net.read(text), (2, 1, 2, 1), 2), torch.tensor([2, 0])
+    context, rows = teacher_forced(net, z, net.encode_prompt(text), (2, 1, 2, 1), 2), torch.tensor([2, 0])
     expected = net(z[:, context.start:], t, r, context)[rows]
     torch.testing.assert_close(net(z[rows, context.start:], t[rows], r[rows], context[rows]), expected, rtol=1e-4, atol=1e-5)
 
@@ -95,16 +96,16 @@ def test_the_window_bounds_the_past():
     for full_chunks, window in ((0, 2), (3, 5), (3, 2), (3, 1), (1, 2)):
         context = Context(text)
         for _ in range(8):
-            context = remember(net, context, z, full_chunks, window)
-        assert len(context.past) == max(window, full_chunks - 1) and context.start == 8
-        assert [chunk.start for chunk in context.past] == list(range(8 - len(context.past), 8))
+            context = append_chunk(net, context, z, full_chunks, window)
+        assert len(context.cache) == max(window, full_chunks - 1) and context.start == 8
+        assert [chunk.start for chunk in context.cache] == list(range(8 - len(context.cache), 8))
 
 
 def test_positions_may_lie_anywhere():
     """Attention depends on distances only, so a long video does not leave the trained range within a window."""
     net, (z, t, r, text) = network(CAUSAL), inputs(CAUSAL, frames=2)
     def u(first):
-        context = remember(net, Context(text, start=first), z, 3)
+        context = append_chunk(net, Context(text, start=first), z, 3)
         return net(z, t, r, context)
     assert (u(0) - u(500)).abs().max() < 1e-4
 
@@ -118,7 +119,7 @@ def test_checkpointing_changes_no_gradient_of_a_causal_rollout(full_chunks):
         for block in net.blocks:
             block.checkpointing = checkpointing
         jump = lambda z, context: backward_sim.flow_map_simulation(conditioned(net, context), z, time_grid(4, 5.0), 1)
-        write = lambda context, z_0: remember(net, context, z_0, full_chunks)
+        write = lambda context, z_0: append_chunk(net, context, z_0, full_chunks)
         clip = torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(text), z, chunks)), 1)
         (clip * torch.linspace(-1, 1, clip.numel()).view(clip.shape)).sum().backward()
         return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
@@ -130,7 +131,7 @@ def test_no_gradient_through_the_cache():
     net, (z, _, _, text) = network(CAUSAL), inputs(CAUSAL, frames=2)
     z.requires_grad_()
     jump = lambda z, context: euler_sample(conditioned(net, context), z, [1.0, 0.0])
-    write = lambda context, z_0: remember(net, context, z_0, 3)
+    write = lambda context, z_0: append_chunk(net, context, z_0, 3)
     clip = torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(text), z, (1, 1))), 1)
     gradient, = torch.autograd.grad(clip[:, 1].sum(), z)
     assert gradient[:, 0].abs().max() == 0 and gradient[:, 1].abs().min() > 0
@@ -139,7 +140,7 @@ def test_no_gradient_through_the_cache():
 def test_compressed_patch_embedding_starts_as_the_interpolated_one():
     plain = network(replace(CAUSAL, compressed=False)).state_dict()
     net = model.FlowMapDiT(CAUSAL)
-    net.load_state_dict(model.as_causal(plain))
+    net.load_state_dict(wan.as_causal(plain))
     assert net.far_patch_embed.weight.shape == (48, 6, 1, 4, 4)
     weight = plain["patch_embed.weight"]
     torch.testing.assert_close(net.far_patch_embed.weight[..., 0, 0], weight[..., 0, 0])
@@ -171,8 +172,8 @@ def ours(name: str) -> torch.Tensor:
         return net(z[:, context.start:], t, r, context)
     net, (z, _, _, text) = network(ROLLOUT), inputs(ROLLOUT, 1, sum(chunks), sides=ROLLOUT_SIDES)
     jump = lambda z, context: euler_sample(conditioned(net, context), z, time_grid(2, 5.0))
-    write = lambda context, z_0: remember(net, context, z_0, limit)
-    return torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(net.read(text)), z, chunks)), 1)
+    write = lambda context, z_0: append_chunk(net, context, z_0, limit)
+    return torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(net.encode_prompt(text)), z, chunks)), 1)
 
 
 @pytest.mark.parametrize("source", ["golden", "live"])

@@ -444,14 +444,14 @@ def test_an_image_to_video_network_is_distilled(base_i2v, videos, shards, tmp_pa
     """Shards made with its folder hold what it is told of first frames; three stages see it, also when the prompt is dropped."""
     out = encode(base_i2v, videos, tmp_path / "shards")
     found = data.Shards(out)
-    assert found.picture == ["image", "known"] and data.Shards(shards).picture == []
+    assert found.conditioning == ("image", "condition") and data.Shards(shards).conditioning == ()
     latents, _, picture = found.draw(range(3))
     codec = encoders.WanCodec(base_i2v)
     for i in range(3):
         first = data.read_clip(videos / f"{i}.mp4", 9, 32, 64, 16)[0]
-        known = codec.known(first[None].float() / 127.5 - 1, 3)
-        row = (picture["known"] - known).flatten(1).norm(dim=1).argmin()
-        torch.testing.assert_close(picture["known"][row], known[0], rtol=1e-4, atol=1e-4)
+        known = codec.condition(first[None].float() / 127.5 - 1, 3)
+        row = (picture["condition"] - known).flatten(1).norm(dim=1).argmin()
+        torch.testing.assert_close(picture["condition"][row], known[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(picture["image"][row], encoders.WanPicture(base_i2v)(first)[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(latents[row, :1], known[0, :1, 4:], rtol=1e-4, atol=1e-4)      # the first frame is its own latent
     seen, forward = [], FlowMapDiT.run
@@ -462,7 +462,7 @@ def test_an_image_to_video_network_is_distilled(base_i2v, videos, shards, tmp_pa
         start = ["--base", str(base_i2v)] if stage == "pretrain" else []
         train.train(train.parse_config(["--preset", "wan-1.3b", "--stage", stage, "--data", str(out), "--run-dir", str(run), "--steps", "2",
                                         "--batch-size", "2", "--no-bf16", "--lr", "1e-3", "--lora-rank", "0", *start, *flags]))
-    assert seen and all(context.known.shape[1:] == (3, 20, 4, 8) and context.image.shape[1:] == (5, 28) for context in seen)
+    assert seen and all(context.condition.shape[1:] == (3, 20, 4, 8) and context.image.shape[1:] == (5, 28) for context in seen)
     picture = tmp_path / "start.png"
     iio.imwrite(picture, IMAGE.numpy())
     sample.main(["--ckpt", str(run / "distill"), "--base", str(base_i2v), "--steps", "2", "--prompt", CAPTIONS[0], "--image", str(picture),

@@ -12,7 +12,9 @@ import flowmap
 import lora
 import meanflow
 import wan
-from model import PRESETS, Context, FlowMapDiT, Tensors, as_flow_map, remember, teacher_forced
+from cache import Context, append_chunk, teacher_forced
+from checkpoint import Tensors
+from model import PRESETS, FlowMapDiT
 
 CONFIG = replace(PRESETS["tiny"], compressed=True)
 NAMES = ("student", "teacher", "fake")
@@ -56,9 +58,9 @@ def losses(nets):
 
     def jump(z, context):
         return backward_sim.flow_map_simulation(flowmap.conditioned(nets["student"], context), z, flowmap.time_grid(4, 5.0), 1)
-    past = context["student"].past[:1]
-    z_0 = torch.cat(list(backward_sim.chunk_by_chunk(jump, lambda c, z: remember(nets["student"], c, z, 0),
-                                                     Context(text, past, start), new, chunks[1:])), 1)
+    cache = context["student"].cache[:1]
+    z_0 = torch.cat(list(backward_sim.chunk_by_chunk(jump, lambda c, z: append_chunk(nets["student"], c, z, 0),
+                                                     Context(text, cache, start), new, chunks[1:])), 1)
     real, fake = (flowmap.conditioned(nets[name], context[name]) for name in ("teacher", "fake"))
     gradient = dmd.dmd_gradient(z_0.detach(), new, t, real, fake)
     return {"flow map": flow, "dmd": dmd.dmd_loss(z_0, gradient), "fake": dmd.fake_score_error(fake, z_0, new, t)}
@@ -149,8 +151,8 @@ def test_the_adapter_of_a_teacher_becomes_that_of_a_flow_map(shared):
         weights[name].copy_(0.2 * randn(*weights[name].shape, key=("plain", name)))
     teacher = lora.Adapted(plain, "student")
     base = {n: p for n, p in plain.named_parameters() if ".adapters." not in n}
-    checkpoint.load_weights(net, as_flow_map(base), "test")
-    checkpoint.load_weights(adapted["student"], as_flow_map(dict(teacher.named_parameters())), "test")
+    checkpoint.load_weights(net, wan.as_flow_map(base), "test")
+    checkpoint.load_weights(adapted["student"], wan.as_flow_map(dict(teacher.named_parameters())), "test")
     x, _, text, t, _ = inputs()
     torch.testing.assert_close(adapted["student"](x, t, t, Context(text)), teacher(x, t, t, Context(text)), rtol=1e-5, atol=1e-5)
 

@@ -6,6 +6,7 @@ import torch
 
 import meanflow
 import model
+import wan
 from distributed import generator
 from flowmap import conditioned, flow_map
 from golden import SMALL, inputs, network
@@ -27,7 +28,7 @@ def test_parameter_counts_are_wans(preset, extra, count):
 def test_a_teacher_turned_into_a_flow_map_is_unchanged_at_r_equal_t(config):
     teacher = network(replace(config, second_time=False))
     student = FlowMapDiT(config)
-    student.load_state_dict(model.as_flow_map(teacher.state_dict()))
+    student.load_state_dict(wan.as_flow_map(teacher.state_dict()))
     z, t, r, text = inputs(config)
     expected = teacher(z, t, t, text)
     torch.testing.assert_close(student(z, t, t, text), expected, rtol=1e-5, atol=1e-5 * expected.std().item())
@@ -85,7 +86,7 @@ def test_output_skip_is_the_exact_flow_map_of_gaussian_data(std):
 def test_gate_is_a_convex_mix():
     """With E' = E the mixed embedding is E's at equal times for every gate: its norm cannot leave what E produces."""
     z, t, _, text = inputs()
-    state = model.as_flow_map(network(replace(SMALL, second_time=False)).state_dict())
+    state = wan.as_flow_map(network(replace(SMALL, second_time=False)).state_dict())
     outputs = []
     for gate in (0.0, 0.25, 1.0):
         net = FlowMapDiT(replace(SMALL, gate=gate))

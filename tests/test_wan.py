@@ -12,7 +12,8 @@ import wan
 from distributed import generator
 from flowmap import conditioned, euler_sample, first_frames_given, flow_map, time_grid
 from golden import CAUSAL, ROLLOUT, ROLLOUT_SIDES, SMALL, inputs, network, theirs
-from model import PRESETS, Context, FlowMapDiT, remember
+from cache import Context, append_chunk
+from model import PRESETS, FlowMapDiT
 
 PLAIN = replace(SMALL, second_time=False)
 IMAGE = replace(PLAIN, image_channels=10, image_dim=28)
@@ -147,8 +148,8 @@ def image_inputs(batch=2):
     """z, t, r and the Context of an image-to-video network. Diffusers takes the last 512 tokens for the prompt's."""
     z, t, r, _ = inputs(IMAGE, batch)
     g = generator("image")
-    known = torch.randn(batch, 3, IMAGE.image_channels, *z.shape[3:], generator=g)
-    return z, t, r, Context(torch.randn(batch, 512, IMAGE.text_dim, generator=g), known=known,
+    condition = torch.randn(batch, 3, IMAGE.image_channels, *z.shape[3:], generator=g)
+    return z, t, r, Context(torch.randn(batch, 512, IMAGE.text_dim, generator=g), condition=condition,
                             image=torch.randn(batch, 7, IMAGE.image_dim, generator=g))
 
 
@@ -156,7 +157,7 @@ def test_parity_of_the_image_to_video_network():
     pytest.importorskip("diffusers", minversion="0.42")
     z, t, r, context = image_inputs()
     with torch.no_grad():
-        expected = theirs(IMAGE)(torch.cat([z, context.known], 2).transpose(1, 2), 1000 * t, context.text,
+        expected = theirs(IMAGE)(torch.cat([z, context.condition], 2).transpose(1, 2), 1000 * t, context.text,
                                  context.image).sample.transpose(1, 2)
     ours = network(IMAGE)(z, t, r, context)
     assert (ours - expected).abs().max() < 1e-4 * expected.std()
@@ -166,15 +167,15 @@ def test_the_picture_is_data_of_the_context(heads):
     """Keys read beforehand, rows of a batch, chunks of a clip and a second time: the same network. Every part matters."""
     net, (z, t, r, context) = network(IMAGE), image_inputs()
     u = net(z, t, r, context)
-    read = replace(context, text=net.read(context.text, context.image), image=None)
+    read = replace(context, text=net.encode_prompt(context.text, context.image), image=None)
     torch.testing.assert_close(net(z, t, r, read), u, rtol=1e-5, atol=1e-5)
     for c in (context, read):
         torch.testing.assert_close(net(z[1:], t[1:], r[1:], c[torch.tensor([1])]), u[1:], rtol=1e-4, atol=1e-5)
-    for name in ("text", "image", "known"):
+    for name in ("text", "image", "condition"):
         assert (net(z, t, r, replace(context, **{name: -getattr(context, name)})) - u).abs().max() > 1e-3
     # What is known is known by its place in the video: the second frame alone takes the second frame's.
     alone = net(z[:, 1:2], t, r, replace(context, start=1))
-    torch.testing.assert_close(alone, net(z[:, 1:2], t, r, replace(context, known=context.known[:, 1:2])), rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone, net(z[:, 1:2], t, r, replace(context, condition=context.condition[:, 1:2])), rtol=0, atol=1e-4)
     # As a flow map it is the same at r = t and looks at r elsewhere; the unused tensor of published weights is left out.
     save_file(renamed(IMAGE, "diffusers") | {"blocks.0.attn2.norm_added_q.weight": torch.ones(48)}, heads / "weights.safetensors")
     config, state = wan.load(heads, second_time=True)
@@ -192,11 +193,11 @@ def test_a_picture_that_is_missing_or_not_wanted_is_named():
     with pytest.raises(ValueError, match="needs the features of a picture"):
         net(z, t, r, replace(context, image=None))
     with pytest.raises(ValueError, match="nothing is there, this network wants .*10"):
-        net(z, t, r, replace(context, known=None))
+        net(z, t, r, replace(context, condition=None))
     with pytest.raises(ValueError, match="this network wants .*3, 10"):
-        net(z, t, r, replace(context, known=context.known[:, :2]))
+        net(z, t, r, replace(context, condition=context.condition[:, :2]))
     with pytest.raises(ValueError, match="takes no features of a picture"):
-        network(PLAIN)(z, t, r, replace(context, known=None))
+        network(PLAIN)(z, t, r, replace(context, condition=None))
     with pytest.raises(ValueError, match="wants nothing"):
         network(PLAIN)(z, t, r, replace(context, image=None))
 
@@ -228,7 +229,7 @@ def test_an_exported_model_samples_alike_in_diffusers(tmp_path, causal, first_fr
     if causal:
         def jump(z, context):
             return given if first_frame and context.start == 0 else euler_sample(conditioned(net, context), z, grid)
-        write = lambda context, z_0: remember(net, context, z_0, 3)
+        write = lambda context, z_0: append_chunk(net, context, z_0, 3)
         ours = torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(text), z, chunks)), 1)
     else:
         ours, u = z, conditioned(net, text)

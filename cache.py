@@ -1,0 +1,142 @@
+"""The KV cache of causal generation (docs/method.md, Causal form): which chunks the network knows,
+which chunk sees which, and how a finished chunk is appended.
+
+A chunk is a few latent frames that are made together. `network` is a callable as FlowMapDiT, with
+its method `encode`, which turns clean latents into the keys and values that later chunks see.
+
+Legend:  B batch   F latent frames   C latent channels   H, W latent height and width
+         L tokens of a chunk   D width   T text tokens   I image tokens
+"""
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class CachedChunk:
+    """A clean chunk in the cache: keys, before rotation, and values of every layer, (B, L, D)."""
+    start: int                    # position in the video of its first frame
+    frames: int
+    stride: int                   # 1; 2 if compressed: patches that a token covers, each way
+    keys_values: tuple            # of (keys, values), one a layer
+
+    @property
+    def stop(self) -> int:
+        """Position in the video of the first frame after it."""
+        return self.start + self.frames
+
+    @property
+    def tokens(self) -> int:
+        return self.keys_values[0][0].shape[1]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a call of the network knows beside z and its times. Never changed in place:
+    `append_chunk` makes a new one, so that a checkpointed block computes the same in backward."""
+    text: torch.Tensor | tuple    # prompt features (B, T, text_dim), or what `encode_prompt` makes
+    cache: tuple[CachedChunk, ...] = ()  # compressed chunks, then full ones, in the video's order
+    start: int = 0                # position in the video of z's first frame
+    chunks: tuple[int, ...] = ()  # frames of each chunk of z; none: z is one chunk
+    adapter: str = ""             # the adapter (lora.py) that is added to the weights; none: as is
+    full_latents: tuple = ()      # clean latents of the cache's full chunks, for a sliding window
+    # For image-to-video: features of the picture (B, I, image_dim), if `encode_prompt` had none;
+    # what is told of the clip, (B, frames of the video, image_channels, H, W).
+    image: torch.Tensor | None = None
+    condition: torch.Tensor | None = None
+
+    def __getitem__(self, rows) -> "Context":
+        """The same for some samples of the batch."""
+        cache = [replace(c, keys_values=rows_of(c.keys_values, rows)) for c in self.cache]
+        return replace(self,
+                       text=rows_of(self.text, rows),
+                       cache=tuple(cache),
+                       full_latents=rows_of(self.full_latents, rows),
+                       image=rows_of(self.image, rows),
+                       condition=rows_of(self.condition, rows))
+
+
+def rows_of(value, rows):
+    """Samples of a tensor, or of every tensor in nested tuples; None stays None."""
+    if isinstance(value, tuple):
+        return tuple(rows_of(part, rows) for part in value)
+    return None if value is None else value[rows]
+
+
+def attention_spans(context: Context, chunks, tokens: int, prefill: bool) -> list:
+    """Which keys each chunk of z may see: (first query, last query + 1, [ranges of keys]).
+
+    Keys are the cache's, then z's own, `tokens` a frame. A chunk sees itself and the cached chunks
+    that end before it starts; in a prefill also the chunks of z before it.
+    """
+    cached = sum(chunk.tokens for chunk in context.cache)
+    spans = []
+    start, frame = 0, context.start
+    for frames in chunks:
+        stop = start + frames * tokens
+        seen = sum(chunk.tokens for chunk in context.cache if chunk.stop <= frame)
+        first = cached if prefill else cached + start
+        if seen == first:                        # two ranges that touch are one: no copy
+            ranges = [(0, cached + stop)]
+        else:
+            ranges = [(0, seen), (first, cached + stop)]
+        spans.append((start, stop, ranges))
+        start, frame = stop, frame + frames
+    return spans
+
+
+def teacher_forced(network, x: torch.Tensor, context, chunks, full_chunks: int) -> Context:
+    """The context in which the last chunks of a clip are trained: each sees clean chunks before it.
+
+    x (B, F, C, H, W) clean latents, context: prompt features, or a Context without a cache, chunks:
+    frames of each chunk, adding up to F. The last `full_chunks` are trained, older ones compressed;
+    0 trains all and compresses none. The result's `start` is the first frame that is trained. A
+    single chunk makes the bidirectional context: nothing but what `context` holds.
+    """
+    if not isinstance(context, Context):
+        context = Context(context)
+    chunks = tuple(chunks)
+    count = max(0, len(chunks) - full_chunks) if full_chunks else 0
+    old, new = chunks[:count], chunks[count:]
+    start, last = sum(old), sum(chunks[:-1])
+    cache = ()
+    if old:
+        cache = network.encode(x[:, :start], replace(context, chunks=old), compressed=True)
+    context = replace(context, cache=cache, start=start, chunks=new)
+    if len(new) == 1:
+        return context
+    # Nobody sees the clean copy of the last chunk.
+    clean = network.encode(x[:, start:last], replace(context, chunks=new[:-1]))
+    return replace(context, cache=cache + clean)
+
+
+def append_chunk(network, context: Context, z_0: torch.Tensor, full_chunks: int,
+                 window: int = 0) -> Context:
+    """The context of the next chunk, once z_0 (B, F, C, H, W) is finished.
+
+    The next chunk and the `full_chunks` - 1 before it are full, older ones compressed (0: all are
+    full). What is encoded is the chunk that leaves the full ones, whose compressed form depends on
+    compressed chunks only and never changes, and the full ones, which now see one compressed chunk
+    more. window > 0: only the last `window` chunks are kept.
+    """
+    start = context.start + z_0.shape[1]
+    if not full_chunks:
+        cache = context.cache + network.encode(z_0, context)
+        return replace(context, cache=cache[-window:], start=start)      # -0: all of it
+
+    full = [*context.full_latents, z_0]
+    cache = tuple(chunk for chunk in context.cache if chunk.stride > 1)
+    first = start - sum(z.shape[1] for z in full)
+    while len(full) >= full_chunks:
+        z = full.pop(0)
+        before = replace(context, cache=cache, start=first, chunks=())
+        cache += network.encode(z, before, compressed=True)
+        first += z.shape[1]
+    if window:
+        left = max(0, window - len(full))
+        cache = cache[-left:] if left else ()
+    if full:
+        lengths = tuple(z.shape[1] for z in full)
+        before = replace(context, cache=cache, start=first, chunks=lengths)
+        cache += network.encode(torch.cat(full, 1), before)
+    return replace(context, cache=cache, start=start, full_latents=tuple(full))

@@ -87,5 +87,6 @@ def balanced_loss(err, t, r, weight, flow_error, weight_before_balance: bool = F
     otherwise it applies after the balance, to all rows.
     """
     error = balance_error(err, weight, weight_before_balance)
-    scale = torch.where(r < t, flow_error / (error.detach() + 1e-5), torch.ones_like(error))
+    scale = flow_error * (error.detach() + 1e-5).reciprocal()
+    scale = torch.where(r < t, scale, torch.ones_like(error))
     return scale * error if weight_before_balance else scale * error * weight

@@ -36,6 +36,9 @@ class Tensors(Mapping):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.makers[name]()
 
+    def __contains__(self, name) -> bool:
+        return name in self.makers                               # without making it
+
     def __iter__(self):
         return iter(self.makers)
 

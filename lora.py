@@ -106,3 +106,16 @@ def merged(base: Mapping, adapter: Mapping, scale: float) -> dict:
         down, up = adapter[f"{path}.down"].float(), adapter[f"{path}.up"].float()
         return base[name].float() + scale * (up @ down)
     return {name: partial(make, name) for name in base}
+
+
+def stacked(first: Mapping, first_scale: float, second: Mapping, second_scale: float) -> dict:
+    """What makes each tensor of one adapter of scale 1, of both ranks together, that adds what two
+    add: `second` on a base that is itself `first` on a base. A replaced tensor is the second's."""
+    def make(name):
+        if name.endswith(".down"):
+            return torch.cat([first[name], second[name]])                    # (R, D_in)
+        if name.endswith(".up"):
+            both = [first_scale * first[name], second_scale * second[name]]
+            return torch.cat(both, 1)                                        # (D_out, R)
+        return second[name]
+    return {name: partial(make, name) for name in second}

@@ -218,7 +218,8 @@ def load(path, second_time: bool | None = None, compressed: bool | None = None,
 
 def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
     """`load` for weights as they are, without merging: (config, state, None), or (config, state of
-    the base, adapter) with the adapter's "rank", "alpha" and "tensors"."""
+    the base, adapter) with the adapter's "rank", "alpha" and "tensors". Where the base is itself an
+    adapter stage, they are the base's base and both adapters as one."""
     if Path(path).exists() and not (Path(path) / "model.safetensors").exists():
         return *load_foreign(path), None
     config, tensors, adapter = checkpoint.load_model(path)
@@ -228,8 +229,22 @@ def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
     if not places:
         raise ValueError(f"{path} adapts the weights {adapter['base']}, which are not there: give "
                          f"their folder with --base")
-    _, state = load(places[0], config.second_time, config.compressed)
-    return config, state, adapter | {"tensors": tensors}
+    adapter["tensors"] = tensors
+    below, state, first = load_apart(places[0])
+    _, state = as_asked(below, state, config.second_time, config.compressed)
+    return config, state, stacked(first, adapter) if first else adapter
+
+
+def stacked(first: dict, second: dict) -> dict:
+    """One adapter (`load_apart`) in place of `second` on a base with `first`: merged, they would be
+    lost in bf16 weights."""
+    tensors = first["tensors"]
+    if "r_embed.up.down" in second["tensors"] and "r_embed.up.down" not in tensors:
+        tensors = as_flow_map(tensors)
+    rank = first["rank"] + second["rank"]
+    makers = lora.stacked(tensors, first["alpha"] / first["rank"],
+                          second["tensors"], second["alpha"] / second["rank"])
+    return second | {"rank": rank, "alpha": rank, "tensors": Tensors(makers)}
 
 
 def as_asked(config: ModelConfig, state: Tensors, second_time: bool | None,

@@ -1,10 +1,10 @@
-"""Training state on disk: EMA, checkpoints that resume bit for bit, and the final weights of a stage.
+"""Training state on disk: EMA, checkpoints that resume bit for bit, a stage's final weights.
 
-A stage's folder holds config.json, log.jsonl, codec.safetensors (what turns clips into latents), checkpoints/STEP/
-(everything that training needs to go on) and, when the stage is finished, model.safetensors (what is sampled: the EMA of
-the network, or of its adapter). Checkpoints are written and read by torch.distributed.checkpoint: every rank writes the
-shards that it holds, and another number of ranks may read them. Only safetensors and JSON are read: nothing that could
-execute code.
+A stage's folder holds config.json, log.jsonl, codec.safetensors (what turns clips into latents),
+checkpoints/STEP/ (everything that training needs to go on) and, when the stage is finished,
+model.safetensors (what is sampled: the EMA of the network, or of its adapter). Checkpoints are
+written and read by torch.distributed.checkpoint: every rank writes the shards that it holds, and
+another number of ranks may read them. Only safetensors and JSON are read: nothing runs code.
 """
 import hashlib
 import json
@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -36,6 +36,9 @@ class Tensors(Mapping):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.makers[name]()
 
+    def __contains__(self, name) -> bool:
+        return name in self.makers                               # without making it
+
     def __iter__(self):
         return iter(self.makers)
 
@@ -45,21 +48,22 @@ class Tensors(Mapping):
 
 @dataclass
 class Trainable:
-    """A network (or an adapter, lora.Adapted) that is trained, with its AdamW state and, optionally, the EMA of its weights
-    (fp32, sharded alike)."""
+    """A network (or an adapter, lora.Adapted) that is trained, its AdamW state and, optionally, the
+    EMA of its weights (fp32, sharded alike)."""
     network: torch.nn.Module
     optimizer: torch.optim.AdamW
     ema: dict | None = None
 
     def __post_init__(self):
-        # AdamW would make its state at the first step; made here, saving and loading need no special first case.
+        # AdamW makes its state at the first step; made here, saving has no special first case.
         for p in self.optimizer.param_groups[0]["params"]:
-            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                       "exp_avg": torch.zeros_like(p),
                                        "exp_avg_sq": torch.zeros_like(p)}
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        """ema = decay * ema + (1 - decay) * weights; decay 0 copies the weights, which is how a late EMA starts."""
+        """ema = decay * ema + (1 - decay) * weights; 0 copies the weights: a late EMA starts so."""
         for name, p in self.network.named_parameters():
             self.ema[name].lerp_(p, 1 - decay)
 
@@ -68,41 +72,50 @@ class Trainable:
         out = {}
         for name, p in self.network.named_parameters():
             out[f"{prefix}.weights.{name}"] = p.detach()
-            out |= {f"{prefix}.{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+            for key, value in self.optimizer.state[p].items():
+                out[f"{prefix}.{key}.{name}"] = value
             if self.ema is not None:
                 out[f"{prefix}.ema.{name}"] = self.ema[name]
         return out
 
 
 def trainable(network, lr: float, betas, weight_decay: float, with_ema: bool) -> Trainable:
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-    ema = {name: p.detach().clone() for name, p in network.named_parameters()} if with_ema else None
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=betas,
+                                  weight_decay=weight_decay, fused=True)
+    ema = None
+    if with_ema:
+        ema = {name: p.detach().clone() for name, p in network.named_parameters()}
     return Trainable(network, optimizer, ema)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The unsharded tensor on the CPU; every rank must call it."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu().contiguous()
 
 
 @torch.no_grad()
 def fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a whole tensor, which every rank has read, into a plain or sharded one."""
     if isinstance(tensor, DTensor):
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements,
+                                  src_data_rank=None)
     tensor.copy_(value)
 
 
 def load_weights(network: torch.nn.Module, state: dict, source) -> None:
-    """Fill a network without its adapters, or one adapter (lora.Adapted), sharded or not, from whole tensors. Raises
-    ValueError naming the first tensor that is missing, left over or of another shape."""
+    """Fill a network without its adapters, or an adapter (lora.Adapted), sharded or not, from whole
+    tensors. Raises ValueError naming the first tensor that is missing, left over or misshapen."""
     parameters = {name: p for name, p in network.named_parameters() if ".adapters." not in name}
     for name in sorted(parameters.keys() ^ state.keys()):
-        raise ValueError(f"{source}: tensor {name} is {'missing' if name in parameters else 'not of this network'}")
+        wrong = "missing" if name in parameters else "not of this network"
+        raise ValueError(f"{source}: tensor {name} is {wrong}")
     for name, p in parameters.items():
         value = state[name]                          # read once: it may come from a file
         if p.shape != value.shape:
-            raise ValueError(f"{source}: tensor {name} has shape {tuple(value.shape)}, the network's has {tuple(p.shape)}")
+            raise ValueError(f"{source}: tensor {name} has shape {tuple(value.shape)}, the "
+                             f"network's has {tuple(p.shape)}")
         fill(p, value)
 
 
@@ -115,8 +128,8 @@ def sync(files) -> None:
 
 
 def write_aside(folder: Path, write) -> None:
-    """Make `folder` in one instant: write(temporary folder), flush to disk, rename. A kill leaves old or new, never
-    half."""
+    """Make `folder` in one instant: write(temporary folder), flush to disk, rename. A kill leaves
+    old or new, never half."""
     aside = aside_of(folder)
     write(aside)
     sync(aside.rglob("*"))
@@ -132,51 +145,64 @@ def aside_of(folder: Path) -> Path:
     return aside
 
 
-def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counters: dict, world: World, keep: int = 2) -> None:
-    """Write checkpoints/STEP after `step` updates; the newest `keep` stay. Every rank must call it, and writes its shards.
-
-    Raises OSError, on every rank, when the disk is full or cannot be written; the checkpoints before are kept.
-    """
+def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counters: dict,
+                    world: World, keep: int = 2) -> None:
+    """Write checkpoints/STEP after `step` updates; the newest `keep` stay. Every rank must call it,
+    and writes its shards. Raises OSError, on every rank, when the disk is full or cannot be
+    written; the checkpoints before are kept."""
     folder = stage / "checkpoints" / f"{step:08d}"
     aside = folder.with_name(folder.name + ".partial")
 
     def together(act):
-        """act() on every rank; all end when it fails on one."""
-        problem = ""
+        """act's result on this rank; all ranks end when it fails on one."""
+        problem, result = "", None
         try:
-            act()
+            result = act()
         except (OSError, SafetensorError, dcp.CheckpointException) as error:
             problem = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if sum_over_ranks(float(bool(problem)), world=world)[0]:
             kept = "".join(f"{path} is kept. " for path in checkpoints(stage)[-1:])
-            raise OSError(f"cannot write {aside}: {problem or 'see the other ranks'}. {kept}Make room, then run the same "
-                             f"command again")
+            raise OSError(f"cannot write {aside}: {problem or 'see the other ranks'}. {kept}Make "
+                          f"room, then run the same command again")
+        return result
 
-    def write():
-        tensors = {}
-        for prefix, part in parts.items():
-            tensors |= part.tensors(prefix)
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
-
-    def flush():
-        own = [aside / name for name in names[world.rank::world.size]]
-        sync(own)
-        sums.update({file.name: checksum(file) for file in own})
-
-    def finish():
-        state = {"step": step, **counters, "sha256": dict(sorted(all_sums.items()))}
-        (aside / "state.json").write_text(json.dumps(state | {"own_sha256": json_checksum(state)}))
-        sync([aside / "state.json"])
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        for old in [*checkpoints(stage)[:-keep], *folder.parent.glob("*.partial")]:
-            shutil.rmtree(old, ignore_errors=True)
     together(lambda: world.is_main and aside_of(folder))
-    together(write)
-    sums, names = {}, on_main(lambda: sorted(file.name for file in aside.iterdir()), world)
-    together(flush)                                      # nobody waits for sums of a rank that has failed
-    all_sums = merge_over_ranks(sums, world)
-    together(lambda: world.is_main and finish())
+    together(lambda: write_shards(aside, parts))
+    names = on_main(lambda: sorted(file.name for file in aside.iterdir()), world)
+    own = [aside / name for name in names[world.rank::world.size]]
+    sums = together(lambda: flushed_sums(own))       # nobody waits for a rank that has failed
+    sums = merge_over_ranks(sums, world)
+    state = {"step": step, **counters, "sha256": dict(sorted(sums.items()))}
+    together(lambda: world.is_main and publish(aside, folder, state, keep))
+
+
+def write_shards(aside: Path, parts: dict[str, Trainable]) -> None:
+    writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
+    dcp.save(training_state(parts), storage_writer=writer)
+
+
+def training_state(parts: dict[str, Trainable]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for prefix, part in parts.items():
+        tensors |= part.tensors(prefix)
+    return tensors
+
+
+def flushed_sums(files: list[Path]) -> dict[str, str]:
+    """Checksums of files, which are flushed to the disk before."""
+    sync(files)
+    return {file.name: checksum(file) for file in files}
+
+
+def publish(aside: Path, folder: Path, state: dict, keep: int) -> None:
+    """The last file of a checkpoint, which says that it is complete; its name; old ones go."""
+    text = json.dumps(state | {"own_sha256": json_checksum(state)})
+    (aside / "state.json").write_text(text)
+    sync([aside / "state.json"])
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    for old in [*checkpoints(folder.parent.parent)[:-keep], *folder.parent.glob("*.partial")]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def json_checksum(value) -> str:
@@ -189,66 +215,73 @@ def checkpoints(stage: Path) -> list[Path]:
 
 
 def is_whole(folder: Path, world: World) -> bool:
-    """Whether a checkpoint is what was written: every file is there and its checksum fits. Each rank reads some."""
+    """Whether a checkpoint is what was written: every file is there and its checksum fits."""
     try:
         state = json.loads((folder / "state.json").read_text())
         sums, own = state["sha256"], state.pop("own_sha256")
         bad = not sums or own != json_checksum(state) or state["step"] != int(folder.name)
-        bad = bad or any(checksum(folder / name) != sums[name] for name in sorted(sums)[world.rank::world.size])
+        for name in sorted(sums)[world.rank::world.size]:            # each rank reads some
+            bad = bad or checksum(folder / name) != sums[name]
     except (OSError, ValueError, KeyError, TypeError):
         bad = True
     return sum_over_ranks(float(bad), world=world)[0] == 0
 
 
 def load_checkpoint(stage: Path, parts: dict[str, Trainable], world: World, say=print) -> dict:
-    """Fill `parts` from the newest checkpoint, whatever number of ranks wrote it; returns its counters ("step", ...), or {}
-    when there is none.
+    """Fill `parts` from the newest checkpoint, whatever number of ranks wrote it; returns its
+    counters ("step", ...), or {} when there is none.
 
-    A damaged checkpoint is named and the one before it used. Raises ValueError for one of another network, or when all
-    are damaged.
+    A damaged checkpoint is named and the one before it used. Raises ValueError for one of another
+    network, or when all are damaged.
     """
     found = on_main(lambda: checkpoints(stage), world)
     if not found:
         return {}
     while found and not is_whole(found[-1], world):
-        say(f"{found.pop()} is damaged (truncated, not what was written, or by an older version) and is left out")
+        say(f"{found.pop()} is damaged (truncated, not what was written, or by an older version) "
+            f"and is left out")
     if not found:
-        raise ValueError(f"every checkpoint in {stage / 'checkpoints'} is damaged; --fresh trains the stage anew")
-    tensors = {}
-    for prefix, part in parts.items():
-        tensors |= part.tensors(prefix)
+        raise ValueError(f"every checkpoint in {stage / 'checkpoints'} is damaged; --fresh trains "
+                         f"the stage anew")
+    tensors = training_state(parts)
     reader = dcp.HuggingFaceStorageReader(str(found[-1]))
     saved = reader.read_metadata().state_dict_metadata
-    if {name: entry.size for name, entry in saved.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise ValueError(f"{found[-1]}: the training state of another network; start anew with --fresh, or use another "
-                         f"--run-dir")
+    sizes = {name: entry.size for name, entry in saved.items()}
+    if sizes != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise ValueError(f"{found[-1]}: the training state of another network; start anew with "
+                         f"--fresh, or use another --run-dir")
     dcp.load(tensors, storage_reader=reader)
     return json.loads((found[-1] / "state.json").read_text())
 
 
-def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool, adapter: dict | None = None) -> None:
-    """model.safetensors: the finished stage's weights with the network's config in the file's header.
+def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool,
+               adapter: dict | None = None) -> None:
+    """model.safetensors: the finished stage's weights, with the network's config in its header.
 
-    adapter: for the weights of an adapter its rank, alpha, targets, and base, the path of the weights that it adapts. Every
-    rank must call it. Tensors are gathered, and written, one at a time: no rank ever holds the whole network.
+    adapter: for the weights of an adapter its rank, alpha, targets, and base, the path of the
+    weights that it adapts. Every rank must call it. Tensors are gathered, and written, one at a
+    time: no rank ever holds the whole network.
     """
     aside = stage / "model.safetensors.partial"
-    metadata = {"model_config": json.dumps(asdict(config))} | ({"adapter": json.dumps(adapter)} if adapter else {})
-    write_tensors(aside, {name: (tensor.shape, tensor.dtype, partial(whole, tensor)) for name, tensor in weights.items()},
-                  metadata, is_main)
+    metadata = {"model_config": json.dumps(asdict(config))}
+    if adapter:
+        metadata["adapter"] = json.dumps(adapter)
+    tensors = {name: (tensor.shape, tensor.dtype, partial(whole, tensor))
+               for name, tensor in weights.items()}
+    write_tensors(aside, tensors, metadata, is_main)
     if is_main:
         sync([aside])
         aside.rename(stage / "model.safetensors")
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict, is_main: bool = True) -> None:
-    """A safetensors file written one tensor at a time: each is (shape, dtype, what makes it). All ranks make, rank 0
-    writes. The header is the library's own, of empty stand-ins with the true sizes put in."""
+    """A safetensors file written one tensor at a time: each is (shape, dtype, what makes it). All
+    ranks make, rank 0 writes."""
     header, end = {"__metadata__": metadata}, 0
-    names = {dtype: json.loads(save({"x": torch.empty(0, dtype=dtype)})[8:])["x"]["dtype"] for _, dtype, _ in tensors.values()}
     for name, (shape, dtype, _) in tensors.items():
         start, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": dtype_name(dtype), "shape": list(shape),
+                        "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") if is_main else open(os.devnull, "wb") as file:
@@ -259,18 +292,29 @@ def write_tensors(path: Path, tensors: dict, metadata: dict, is_main: bool = Tru
                 file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type's name in a safetensors header, from a file of the library's own."""
+    file = save({"x": torch.empty(0, dtype=dtype)})
+    return json.loads(file[8:])["x"]["dtype"]            # 8 bytes say how long the header is
+
+
 def load_model(stage: Path) -> tuple[ModelConfig, Tensors, dict | None]:
-    """The config and the tensors of a finished stage; and, where they are those of an adapter, what `save_model` said of it.
-    Raises FileNotFoundError for an unfinished one, ValueError for a damaged file."""
+    """The config and the tensors of a finished stage; and, where they are those of an adapter, what
+    `save_model` said of it. Raises FileNotFoundError for an unfinished one, ValueError for a
+    damaged file."""
     path = Path(stage) / "model.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: the stage was not trained, or is not finished")
+        raise FileNotFoundError(f"{path} is not there: the stage was not trained, or is not "
+                                f"finished")
     try:
         file = safe_open(path, "pt")
         metadata = file.metadata()
-        config, adapter = ModelConfig(**json.loads(metadata["model_config"])), json.loads(metadata.get("adapter", "null"))
+        config = ModelConfig(**json.loads(metadata["model_config"]))
+        adapter = json.loads(metadata.get("adapter", "null"))
     except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: truncated, or not a stage's weights ({error}); --fresh trains the stage anew") from None
-    if adapter:                                          # a path inside the run is relative to the stage, so that the run may move
+        raise ValueError(f"{path}: truncated, or not a stage's weights ({error}); --fresh trains "
+                         f"the stage anew") from None
+    if adapter:                              # relative to the stage, so that the run may move
         adapter["base"] = os.path.normpath(os.path.join(os.path.abspath(stage), adapter["base"]))
     return config, Tensors({name: partial(file.get_tensor, name) for name in file.keys()}), adapter

@@ -1,10 +1,11 @@
-"""Named low-rank adapters on one frozen base: several networks for little more than the memory of one.
+"""Named low-rank adapters on one frozen base: several networks in little more than one's memory.
 
-    y = W x + b + (alpha / rank) up down x          one pair (down, up) for each Linear that is adapted, and each name
+    y = W x + b + (alpha / rank) up down x      a pair (down, up) for each adapted Linear and name
 
-An adapter is asked for by name (`Context.adapter`), as data: no network has an active adapter, so that a checkpointed
-block computes the same again in the backward pass, whatever was called in between. The layers that are adapted are those
-of the released recipe (METHOD section 8); the compressed patch embedding is small and is replaced as a whole.
+An adapter is asked for by name (`Context.adapter`), as data: no network has an active adapter, so
+that a checkpointed block computes the same again in backward, whatever was called in between. The
+layers that are adapted are those of the released recipe (docs/method.md, Recipe); the compressed
+patch embedding is small and is replaced as a whole.
 
 Legend:  D_in, D_out widths of a Linear   R rank
 """
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "ffn.up", "ffn.down", "time_embed.up",
-           "time_embed.down", "r_embed.up", "r_embed.down")
+TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "ffn.up", "ffn.down",
+           "time_embed.up", "time_embed.down", "r_embed.up", "r_embed.down")
 REPLACED = ("far_patch_embed",)
 
 
@@ -26,30 +27,34 @@ class LowRank(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, rank: int, scale: float):
         super().__init__()
-        self.down, self.up = nn.Parameter(torch.empty(rank, dim_in)), nn.Parameter(torch.empty(dim_out, rank))
+        self.down = nn.Parameter(torch.empty(rank, dim_in))
+        self.up = nn.Parameter(torch.empty(dim_out, rank))
         self.scale = scale
 
     def forward(self, x):
-        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        x = F.linear(x, self.down.to(x.dtype))                   # (..., R)
+        return self.scale * F.linear(x, self.up.to(x.dtype))
 
 
 def add_adapter(network: nn.Module, name: str, rank: int, alpha: float) -> None:
-    """Give `network` (model.FlowMapDiT) an adapter, its tensors uninitialised. Raises ValueError for a name that is taken
-    or a rank below 1."""
+    """Give a FlowMapDiT an adapter, its tensors uninitialised. Raises ValueError for a name that is
+    taken or a rank below 1."""
     if rank < 1:
         raise ValueError(f"an adapter of rank {rank}: must be at least 1")
     if any(f".adapters.{name}." in key for key, _ in network.named_parameters()):
         raise ValueError(f"there is an adapter {name!r} already")
     for path, module in list(network.named_modules()):
         if path.endswith(TARGETS):
-            module.adapters[name] = LowRank(module.in_features, module.out_features, rank, alpha / rank)
+            dims = module.in_features, module.out_features
+            module.adapters[name] = LowRank(*dims, rank, alpha / rank)
         elif path in REPLACED:
-            module.adapters[name] = type(module)(module.weight.shape[1], module.patch, module.weight.shape[0])
+            dim, channels = module.weight.shape[:2]
+            module.adapters[name] = type(module)(channels, module.patch, dim)
 
 
 class Adapted:
-    """A network that shares its base with others: called like FlowMapDiT, it asks the base with its adapter. Its
-    parameters are those of the adapter, under the names that they have in a file."""
+    """A network that shares its base with others: called like FlowMapDiT, it asks the base with its
+    adapter. Its parameters are those of the adapter, under the names that they have in a file."""
 
     def __init__(self, network: nn.Module, name: str):
         self.network, self.name = network, name
@@ -62,7 +67,8 @@ class Adapted:
 
     def named_parameters(self):
         infix = f".adapters.{self.name}."
-        return [(name.replace(infix, "."), p) for name, p in self.network.named_parameters() if infix in name]
+        return [(name.replace(infix, "."), p) for name, p in self.network.named_parameters()
+                if infix in name]
 
     def parameters(self):
         return [p for _, p in self.named_parameters()]
@@ -74,8 +80,9 @@ class Adapted:
 
 
 def fresh_adapter(adapter: Adapted, base: Mapping, generator_of) -> dict:
-    """What makes each first tensor of an adapter of a network with tensors `base`, so that it starts as its base: down
-    uniform within 1 / sqrt(D_in), from the torch.Generator that generator_of(name) gives; up zero."""
+    """What makes each first tensor of an adapter of a network with tensors `base`, which starts as
+    its base: down uniform within 1 / sqrt(D_in), from the torch.Generator generator_of(name); up
+    zero; a replaced tensor as the base's."""
     def make(name, shape):
         if name in base:
             return base[name].float()
@@ -87,14 +94,28 @@ def fresh_adapter(adapter: Adapted, base: Mapping, generator_of) -> dict:
 
 
 def merged(base: Mapping, adapter: Mapping, scale: float) -> dict:
-    """What makes each tensor of a network without adapters that equals `base` with the adapter: W + scale up down, in fp32,
-    because a bf16 W lies on a grid that is coarser than most of what an adapter adds. scale is alpha / rank; with -alpha /
-    rank it takes out again what was merged."""
+    """What makes each tensor of a network without adapters that equals `base` with the adapter:
+    W + scale up down, in fp32, because a bf16 W lies on a grid that is coarser than most of what an
+    adapter adds. scale: alpha / rank; -alpha / rank takes out again what was merged."""
     def make(name):
         path = name.removesuffix(".weight")
         if name in adapter:
             return adapter[name]
         if f"{path}.down" not in adapter:
             return base[name]
-        return base[name].float() + scale * (adapter[f"{path}.up"].float() @ adapter[f"{path}.down"].float())
+        down, up = adapter[f"{path}.down"].float(), adapter[f"{path}.up"].float()
+        return base[name].float() + scale * (up @ down)
     return {name: partial(make, name) for name in base}
+
+
+def stacked(first: Mapping, first_scale: float, second: Mapping, second_scale: float) -> dict:
+    """What makes each tensor of one adapter of scale 1, of both ranks together, that adds what two
+    add: `second` on a base that is itself `first` on a base. A replaced tensor is the second's."""
+    def make(name):
+        if name.endswith(".down"):
+            return torch.cat([first[name], second[name]])                    # (R, D_in)
+        if name.endswith(".up"):
+            both = [first_scale * first[name], second_scale * second[name]]
+            return torch.cat(both, 1)                                        # (D_out, R)
+        return second[name]
+    return {name: partial(make, name) for name in second}

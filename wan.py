@@ -1,11 +1,14 @@
-"""The bridge to the real world: Wan2.1 and AnyFlow weights in, weights for Diffusers out (METHOD section 3).
+"""The bridge to the real world: weights of Wan2.1 and AnyFlow in, weights for Diffusers out.
 
-    python wan.py show PATH                          what a file or folder of weights holds
-    python wan.py export RUN/STAGE --to DIR          a folder that Diffusers' AnyFlowPipeline opens; an adapter is merged
-    python wan.py export RUN/STAGE --to NAME.safetensors          the adapter alone, for a pipeline made with `export BASE`
+    python wan.py show PATH                     what a file or folder of weights holds
+    python wan.py export RUN/STAGE --to DIR     a folder that Diffusers' AnyFlowPipeline opens; an
+                                                adapter is merged
+    python wan.py export RUN/STAGE --to NAME.safetensors     the adapter alone, for a pipeline made
+                                                             with `export BASE`
 
-Read: safetensors (one file, or shards with an index) and .pt / .pth with tensors only (weights_only=True: no code in a file
-is ever run), in the layout of Diffusers or Wan's own, bare or under an entry such as `generator_ema`.
+Read: safetensors (one file, or shards with an index) and .pt / .pth with tensors only
+(weights_only=True: no code in a file is ever run), in the layout of Diffusers or Wan's own, bare or
+under an entry such as `generator_ema`.
 """
 import json
 import shutil
@@ -44,9 +47,18 @@ TOP = (
     ("head", "proj_out", "head.head"),
 )
 BLOCK = (
-    *((f"{attn}.{ours}", f"{theirs}.{to}", f"{attn}.{wan}") for attn, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-      for ours, to, wan in (("q", "to_q", "q"), ("k", "to_k", "k"), ("v", "to_v", "v"), ("out", "to_out.0", "o"),
-                            ("norm_q", "norm_q", "norm_q"), ("norm_k", "norm_k", "norm_k"))),
+    ("self_attn.q", "attn1.to_q", "self_attn.q"),
+    ("self_attn.k", "attn1.to_k", "self_attn.k"),
+    ("self_attn.v", "attn1.to_v", "self_attn.v"),
+    ("self_attn.out", "attn1.to_out.0", "self_attn.o"),
+    ("self_attn.norm_q", "attn1.norm_q", "self_attn.norm_q"),
+    ("self_attn.norm_k", "attn1.norm_k", "self_attn.norm_k"),
+    ("cross_attn.q", "attn2.to_q", "cross_attn.q"),
+    ("cross_attn.k", "attn2.to_k", "cross_attn.k"),
+    ("cross_attn.v", "attn2.to_v", "cross_attn.v"),
+    ("cross_attn.out", "attn2.to_out.0", "cross_attn.o"),
+    ("cross_attn.norm_q", "attn2.norm_q", "cross_attn.norm_q"),
+    ("cross_attn.norm_k", "attn2.norm_k", "cross_attn.norm_k"),
     ("cross_attn.k_image", "attn2.add_k_proj", "cross_attn.k_img"),
     ("cross_attn.v_image", "attn2.add_v_proj", "cross_attn.v_img"),
     ("cross_attn.norm_k_image", "attn2.norm_added_k", "cross_attn.norm_k_img"),
@@ -56,166 +68,224 @@ BLOCK = (
     ("modulation", "scale_shift_table", "modulation"),
 )
 LAYOUTS = ("diffusers", "wan")
-UNUSED = "norm_added_q."          # published image-to-video weights hold it, and no network ever used it
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")         # of all names in a file, the longest first
-ENTRIES = ("generator_ema", "ema", "generator", "model", "state_dict")      # of a training checkpoint, the first that is there
+UNUSED = "norm_added_q."      # published image-to-video weights hold it, no network ever used it
+# Of all names in a file, the longest first; and of a training checkpoint, the first that is there.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
+ENTRIES = ("generator_ema", "ema", "generator", "model", "state_dict")
 
 
 def their_name(name: str, layout: str) -> str:
-    """Our tensor's name in a layout; '' where that layout has none. name: of a parameter of FlowMapDiT."""
+    """Our tensor's name in a layout; '' where that layout has none. name: of a parameter of
+    FlowMapDiT."""
     prefix, table = "", TOP
     if name.startswith("blocks."):
         _, number, name = name.split(".", 2)
         prefix, table = f"blocks.{number}.", BLOCK
-    for ours, *theirs in table:
+    for ours, diffusers, wan in table:
         if name == ours or name.startswith(ours + "."):
-            theirs = theirs[LAYOUTS.index(layout)]
+            theirs = diffusers if layout == "diffusers" else wan
             return theirs and prefix + theirs + name[len(ours):]
     raise AssertionError(f"no row for {name}")
 
 
 def open_tensors(path: Path) -> tuple[Tensors, dict]:
-    """The tensors of a file or folder under the names they have there, and their shapes. Raises ValueError for what cannot be
-    read."""
-    files = weight_files(path)
+    """The tensors of a file or folder under the names they have there, and their shapes. Raises
+    ValueError for what cannot be read."""
     readers, shapes = {}, {}
-    for file in files:
+    for file in weight_files(path):
         try:
             if file.suffix == ".safetensors":
-                handle = safe_open(file, "pt")
-                for name in handle.keys():
-                    readers[name] = partial(handle.get_tensor, name)
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+                open_safetensors(file, readers, shapes)
             else:
-                found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-                while (entry := next((e for e in ENTRIES if isinstance(found.get(e), dict)), None)):
-                    found = found[entry]
-                for name, tensor in found.items():
-                    if isinstance(tensor, torch.Tensor):
-                        readers[name] = lambda tensor=tensor: tensor
-                        shapes[name] = tuple(tensor.shape)
+                open_pickle(file, readers, shapes)
         except (SafetensorError, RuntimeError, OSError, EOFError, AttributeError) as error:
-            raise ValueError(f"{file}: truncated, or not a file of weights ({str(error).splitlines()[0]})") from None
-        except Exception as error:                               # the unpickler's own, which torch exposes by this name only
+            raise ValueError(f"{file}: truncated, or not a file of weights "
+                             f"({str(error).splitlines()[0]})") from None
+        except Exception as error:           # the unpickler's own, which torch has by name only
             if type(error).__name__ != "UnpicklingError":
                 raise
-            raise ValueError(f"{file}: holds more than tensors, which could run code when it is read; convert it to "
-                             f"safetensors where it came from") from None
-    strip = [prefix for prefix in PREFIXES if readers and all(name.startswith(prefix) for name in readers)]
+            raise ValueError(f"{file}: holds more than tensors, which could run code when it is "
+                             f"read; convert it to safetensors where it came from") from None
+    strip = ""
+    if readers:
+        common = [prefix for prefix in PREFIXES if all(n.startswith(prefix) for n in readers)]
+        strip = common[0] if common else ""
+
     def plain(name):
-        return name.removeprefix(strip[0] if strip else "").replace("_fsdp_wrapped_module.", "")
-    return Tensors({plain(n): r for n, r in readers.items()}), {plain(n): s for n, s in shapes.items()}
+        return name.removeprefix(strip).replace("_fsdp_wrapped_module.", "")
+    tensors = Tensors({plain(name): reader for name, reader in readers.items()})
+    return tensors, {plain(name): shape for name, shape in shapes.items()}
+
+
+def open_safetensors(file: Path, readers: dict, shapes: dict) -> None:
+    """Put what reads each tensor of a file in `readers`, its shape in `shapes`."""
+    handle = safe_open(file, "pt")
+    for name in handle.keys():
+        readers[name] = partial(handle.get_tensor, name)
+        shapes[name] = tuple(handle.get_slice(name).get_shape())
+
+
+def open_pickle(file: Path, readers: dict, shapes: dict) -> None:
+    """The same for .pt and .pth; the tensors may lie under an entry."""
+    mmap = zipfile.is_zipfile(file)
+    found = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    while (entry := next((e for e in ENTRIES if isinstance(found.get(e), dict)), None)):
+        found = found[entry]
+    for name, tensor in found.items():
+        if isinstance(tensor, torch.Tensor):
+            readers[name] = lambda tensor=tensor: tensor
+            shapes[name] = tuple(tensor.shape)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of a model: `path` itself, or those of a folder (or of its folder `transformer`), by the index if any."""
+    """The files of a model: `path` itself, or those of a folder or its `transformer`, by the index
+    if any."""
     path = Path(path)
     if path.is_file():
         return [path]
-    if (path / "transformer_2").is_dir():
-        raise ValueError(f"{path} holds two networks, one for high noise and one for low (Wan2.2-A14B), which must work "
-                         f"together: not supported. One alone is {path / 'transformer'}")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
+    if (path / "transformer_2").is_dir():
+        raise ValueError(f"{path} holds two networks, one for high noise and one for low "
+                         f"(Wan2.2-A14B), which must work together: not supported. One alone is "
+                         f"{path / 'transformer'}")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
-            raise ValueError(f"{index} names {len(names)} files, of which {', '.join(missing)} are missing")
+            raise ValueError(f"{index} names {len(names)} files, of which {', '.join(missing)} are "
+                             f"missing")
         return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors")) or sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
+    files = sorted(folder.glob("*.safetensors"))
+    files = files or sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
     if len(files) != 1:
-        raise ValueError(f"{folder}: expected one .safetensors, .pt or .pth file, or shards with an index; found "
-                         f"{', '.join(f.name for f in files) or 'none'}")
+        found = ", ".join(f.name for f in files) or "none"
+        raise ValueError(f"{folder}: expected one .safetensors, .pt or .pth file, or shards with "
+                         f"an index; found {found}")
     return files
 
 
 def read_config(path: Path) -> dict:
     """config.json beside the weights, or {}."""
     path = Path(path)
-    folder = path.parent if path.is_file() else path / "transformer" if (path / "transformer").is_dir() else path
-    return json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    if path.is_file():
+        folder = path.parent
+    else:
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+    return read_json(folder / "config.json")
+
+
+def read_json(file: Path) -> dict:
+    """What is in a file, {} where there is none."""
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def read_record(path, config: ModelConfig, frames: int = 21, chunks=None) -> dict:
-    """What a stage's config.json would say of weights that were not trained here: "chunks", for clips of so many latent frames
-    unless they are given, and the "config" of sampling. What no file beside the weights says is that of the released recipe."""
+    """What a stage's config.json would say of weights that were not trained here: "chunks", for
+    clips of so many latent frames unless they are given, and the "config" of sampling. What no file
+    beside the weights says is that of the released recipe."""
     path, own = Path(path), read_config(path)
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    scheduler = json.loads(scheduler.read_text()) if scheduler.exists() else {}
-    shift = scheduler["shift"] if scheduler.get("_class_name") == "FlowMapEulerDiscreteScheduler" else 5.0
-    if not chunks and config.compressed:                         # 1, 3, 3, ..., and what is left
-        chunks = own.get("chunk_partition") or [min(n, frames - start) for n, start in
-                                                zip([1, *[3] * frames], [0, *range(1, frames, 3)])]
-    full_chunks = own.get("full_chunk_limit", 3) if config.compressed else 0
-    return {"chunks": list(chunks or [frames]), "config": {"shift": shift, "guidance": 5.0, "full_chunks": full_chunks}}
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    ours = scheduler.get("_class_name") == "FlowMapEulerDiscreteScheduler"
+    settings = {"shift": scheduler["shift"] if ours else 5.0, "guidance": 5.0, "full_chunks": 0}
+    if config.compressed:
+        settings["full_chunks"] = own.get("full_chunk_limit", 3)
+        chunks = chunks or own.get("chunk_partition")
+        if not chunks:                           # 1, 3, 3, ..., and what is left
+            chunks = [1]
+            while sum(chunks) < frames:
+                chunks.append(min(3, frames - sum(chunks)))
+    return {"chunks": list(chunks or [frames]), "config": settings}
 
 
-def load(path, second_time: bool | None = None, compressed: bool | None = None, base=None) -> tuple[ModelConfig, Tensors]:
-    """(config, state) of the weights at `path`, a finished stage RUN/STAGE or Wan or AnyFlow weights: state has our names and
-    reads each tensor when it is asked for, so that `checkpoint.load_weights` never holds more than the network and one
-    tensor. A stage's adapter is merged into its base, which is looked for at `base` when it is no longer where it was.
+def load(path, second_time: bool | None = None, compressed: bool | None = None,
+         base=None) -> tuple[ModelConfig, Tensors]:
+    """(config, state) of a finished stage RUN/STAGE, or of Wan or AnyFlow weights. state has our
+    names and reads a tensor when it is asked for: `checkpoint.load_weights` never holds more than
+    the network and one tensor. A stage's adapter is merged into its base, which is looked for at
+    `base` when it is no longer where it was.
 
-    second_time, compressed: ask for a flow map, or a causal network with compressed chunks. Where the weights have no such
-    tensors they start as the method says: the second time embedder as a copy of the first, the compressed patch
-    embedding as the interpolated one. None: as the weights are. False: leave them out.
-    Raises ValueError that names the file, or the first tensor that is missing, left over, or of another shape.
+    second_time, compressed: ask for a flow map, or for compressed chunks (None: as the weights are;
+    False: leave them out). Tensors that are not there start as copies, see `as_flow_map`,
+    `as_causal`. Raises ValueError that names the file, or the first tensor that is missing, left
+    over, or of another shape.
     """
     config, state, adapter = load_apart(path, base)
     if adapter:
-        state = Tensors(lora.merged(state, adapter["tensors"], adapter["alpha"] / adapter["rank"]))
+        scale = adapter["alpha"] / adapter["rank"]
+        state = Tensors(lora.merged(state, adapter["tensors"], scale))
+    return as_asked(config, state, second_time, compressed)
+
+
+def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
+    """`load` for weights as they are, without merging: (config, state, None), or (config, state of
+    the base, adapter) with the adapter's "rank", "alpha" and "tensors". Where the base is itself an
+    adapter stage, they are the base's base and both adapters as one."""
+    if Path(path).exists() and not (Path(path) / "model.safetensors").exists():
+        return *load_foreign(path), None
+    config, tensors, adapter = checkpoint.load_model(path)
+    if not adapter:
+        return config, tensors, None
+    places = [place for place in (adapter["base"], base) if place and Path(place).exists()]
+    if not places:
+        raise ValueError(f"{path} adapts the weights {adapter['base']}, which are not there: give "
+                         f"their folder with --base")
+    adapter["tensors"] = tensors
+    below, state, first = load_apart(places[0])
+    _, state = as_asked(below, state, config.second_time, config.compressed)
+    return config, state, stacked(first, adapter) if first else adapter
+
+
+def stacked(first: dict, second: dict) -> dict:
+    """One adapter (`load_apart`) in place of `second` on a base with `first`: merged, they would be
+    lost in bf16 weights."""
+    tensors = first["tensors"]
+    if "r_embed.up.down" in second["tensors"] and "r_embed.up.down" not in tensors:
+        tensors = as_flow_map(tensors)
+    rank = first["rank"] + second["rank"]
+    makers = lora.stacked(tensors, first["alpha"] / first["rank"],
+                          second["tensors"], second["alpha"] / second["rank"])
+    return second | {"rank": rank, "alpha": rank, "tensors": Tensors(makers)}
+
+
+def as_asked(config: ModelConfig, state: Tensors, second_time: bool | None,
+             compressed: bool | None) -> tuple[ModelConfig, Tensors]:
+    """The config and tensors of a network with, or without, a second time and compressed chunks, as
+    `load` says."""
     if second_time is False:
-        state = Tensors({name: maker for name, maker in state.makers.items() if not name.startswith("r_embed.")})
+        state = without(state, "r_embed.")
     if compressed is False:
-        state = Tensors({name: maker for name, maker in state.makers.items() if not name.startswith("far_patch_embed.")})
+        state = without(state, "far_patch_embed.")
     if second_time and not config.second_time:
         state = as_flow_map(state)
     if compressed and not config.compressed:
         state = as_causal(state)
-    asked = {"second_time": second_time, "compressed": compressed}
-    return replace(config, **{flag: on for flag, on in asked.items() if on is not None}), state
+    if second_time is not None:
+        config = replace(config, second_time=second_time)
+    if compressed is not None:
+        config = replace(config, compressed=compressed)
+    return config, state
 
 
-def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
-    """`load` for weights as they are, without merging: (config, state, None), or (config, state of the base, adapter) with the
-    adapter's "rank", "alpha" and "tensors"."""
-    if Path(path).exists() and not (Path(path) / "model.safetensors").exists():
-        return *load_foreign(path), None
-    config, state, adapter = checkpoint.load_model(path)
-    if not adapter:
-        return config, state, None
-    place = next((place for place in (adapter["base"], base) if place and Path(place).exists()), None)
-    if not place:
-        raise ValueError(f"{path} adapts the weights {adapter['base']}, which are not there: give their folder with --base")
-    return config, load(place, config.second_time, config.compressed)[1], adapter | {"tensors": state}
+def without(state: Tensors, prefix: str) -> Tensors:
+    makers = state.makers.items()
+    return Tensors({name: make for name, make in makers if not name.startswith(prefix)})
 
 
 def load_foreign(path) -> tuple[ModelConfig, Tensors]:
     """`load` for weights that were not trained here, as they are."""
-    (tensors, shapes), record = open_tensors(Path(path)), read_config(path)
+    tensors, shapes = open_tensors(Path(path))
+    record = read_config(path)
     if record.get("deltatime_type", "r") != "r":
-        raise ValueError(f"{path}: a network whose second time is {record['deltatime_type']!r}; only 'r' is supported")
-    marks = zip(LAYOUTS, ("condition_embedder.time_embedder.linear_1.weight", "time_embedding.0.weight"))
-    layout = next((layout for layout, name in marks if name in shapes), None)
-    if layout is None:
+        raise ValueError(f"{path}: a network whose second time is {record['deltatime_type']!r}; "
+                         f"only 'r' is supported")
+    marks = [layout for layout in LAYOUTS if their_name("time_embed.up.weight", layout) in shapes]
+    if not marks:
         some = ", ".join(sorted(tensors)[:3])
-        raise ValueError(f"{path}: neither Diffusers' nor Wan's names ({len(tensors)} tensors: {some} ...)")
-    shapes = {name: size for name, size in shapes.items() if UNUSED not in name}
-
-    def shape(ours):
-        name = their_name(ours, layout)
-        if name not in shapes:
-            raise ValueError(f"{path}: tensor {name} is missing")
-        return shapes[name]
-    patch, up, picture = shape("patch_embed.weight"), shape("time_embed.up.weight"), their_name("image_embed.norm_in.weight", layout)
-    channels = shape("head.weight")[0] // patch[-1] ** 2
-    has = {flag: bool(their_name(name, layout)) and their_name(name, layout) in tensors
-           for flag, name in (("second_time", "r_embed.up.weight"), ("compressed", "far_patch_embed.weight"))}
-    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
-    config = ModelConfig(dim=patch[0], heads=record.get("num_attention_heads", record.get("num_heads", patch[0] // 128)),
-                         layers=max(blocks, default=-1) + 1, ffn_dim=shape("blocks.0.ffn.up.weight")[0], channels=channels,
-                         image_channels=patch[1] - channels, image_dim=shapes.get(picture, [0])[0],
-                         patch=patch[-1], text_dim=shape("text_embed.up.weight")[1], freq_dim=up[1],
-                         gate=record.get("gate_value", 0.25), **has)
+        raise ValueError(f"{path}: neither Diffusers' nor Wan's names ({len(tensors)} tensors: "
+                         f"{some} ...)")
+    layout = marks[0]
+    shapes = {name: shape for name, shape in shapes.items() if UNUSED not in name}
+    config = config_of(path, shapes, layout, record)
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in FlowMapDiT(config).named_parameters()}
     theirs = {name: their_name(name, layout) for name in expected}
@@ -223,10 +293,37 @@ def load_foreign(path) -> tuple[ModelConfig, Tensors]:
         if other not in shapes:
             raise ValueError(f"{path}: tensor {other} is missing")
         if shapes[other] != expected[name]:
-            raise ValueError(f"{path}: tensor {other} has shape {shapes[other]}, expected {expected[name]}")
+            raise ValueError(f"{path}: tensor {other} has shape {shapes[other]}, expected "
+                             f"{expected[name]}")
     for other in sorted(shapes.keys() - set(theirs.values())):
-        raise ValueError(f"{path}: tensor {other}, of shape {shapes[other]}, is not of this network")
-    return config, Tensors({name: partial(tensors.__getitem__, other) for name, other in theirs.items()})
+        raise ValueError(f"{path}: tensor {other}, of shape {shapes[other]}, is not of this "
+                         f"network")
+    readers = {name: partial(tensors.__getitem__, other) for name, other in theirs.items()}
+    return config, Tensors(readers)
+
+
+def config_of(path, shapes: dict, layout: str, record: dict) -> ModelConfig:
+    """The network's config, from the shapes of its tensors and the record beside them."""
+    def shape(ours):
+        name = their_name(ours, layout)
+        if name not in shapes:
+            raise ValueError(f"{path}: tensor {name} is missing")
+        return shapes[name]
+
+    embed = shape("patch_embed.weight")
+    dim, channels_in, patch = embed[0], embed[1], embed[-1]
+    channels = shape("head.weight")[0] // patch**2
+    heads = record.get("num_attention_heads", record.get("num_heads", dim // 128))
+    numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    image = shapes.get(their_name("image_embed.norm_in.weight", layout), [0])
+    return ModelConfig(
+        dim=dim, heads=heads, layers=max(numbers, default=-1) + 1,
+        ffn_dim=shape("blocks.0.ffn.up.weight")[0], channels=channels, patch=patch,
+        text_dim=shape("text_embed.up.weight")[1], freq_dim=shape("time_embed.up.weight")[1],
+        image_channels=channels_in - channels, image_dim=image[0],
+        second_time=their_name("r_embed.up.weight", layout) in shapes,
+        compressed=their_name("far_patch_embed.weight", layout) in shapes,
+        gate=record.get("gate_value", 0.25))
 
 
 def as_flow_map(state: Mapping) -> Tensors:
@@ -253,103 +350,151 @@ def as_causal(state: Mapping) -> Tensors:
 
 
 def export(stage, to, base=None, copy: bool = False) -> Path:
-    """Write a finished stage as a Diffusers pipeline folder: AnyFlowPipeline, or AnyFlowFARPipeline for a causal network. Or
-    Wan's weights as the flow map that training starts from, for adapters that are kept apart (`export_adapter`).
+    """Write a finished stage as a Diffusers pipeline folder: AnyFlowPipeline, or AnyFlowFARPipeline
+    for a causal network. Or Wan's weights as the flow map that training starts from, for adapters
+    that are kept apart (`export_adapter`).
 
-    base: a Wan pipeline folder whose text encoder, tokenizer and autoencoder are linked, or copied with `copy`. Raises
-    ValueError for a network that Diffusers' classes cannot hold (a toy one, or a teacher without a second time).
+    base: a Wan pipeline folder whose text encoder, tokenizer and autoencoder are linked, or copied
+    with `copy`. Raises ValueError for a network that Diffusers' classes cannot hold (a toy one, or
+    a teacher without a second time).
     """
     stage, to = Path(stage), Path(to)
     if (stage / "model.safetensors").exists() or not stage.exists():
-        (c, state), record = load(stage, base=base), json.loads((stage / "config.json").read_text())
+        config, state = load(stage, base=base)
+        record = json.loads((stage / "config.json").read_text())
     else:
-        c, state = load(stage, second_time=True)
-        record = read_record(stage, c)
-    if c.image_channels:
-        raise ValueError(f"{stage}: Diffusers has no class for a flow map with Wan2.1-I2V's image inputs")
-    if c.output_skip or c.time_scale != 1000 or not c.second_time:
-        raise ValueError(f"{stage}: Diffusers has no class for it: output_skip {c.output_skip} (must be 0), time_scale "
-                         f"{c.time_scale} (1000), second_time {c.second_time} (True: stage flowmap or distill)")
-    causal = len(record["chunks"]) > 1
-    if causal and not c.compressed:
-        raise ValueError(f"{stage}: Diffusers' causal class needs a compressed patch embedding (--full-chunks above 0)")
-    kind = "AnyFlowFARTransformer3DModel" if causal else "AnyFlowTransformer3DModel"
-    config = {"_class_name": kind, "patch_size": [1, c.patch, c.patch], "num_attention_heads": c.heads,
-              "attention_head_dim": c.dim // c.heads, "in_channels": c.channels, "out_channels": c.channels,
-              "text_dim": c.text_dim, "freq_dim": c.freq_dim, "ffn_dim": c.ffn_dim, "num_layers": c.layers,
-              "cross_attn_norm": True, "gate_value": c.gate, "deltatime_type": "r"}
-    if causal:
-        config |= {"compressed_patch_size": [1, 2 * c.patch, 2 * c.patch], "chunk_partition": record["chunks"],
-                   "full_chunk_limit": record["config"]["full_chunks"]}
-    index = {"_class_name": "AnyFlowFARPipeline" if causal else "AnyFlowPipeline", "transformer": ["diffusers", kind],
-             "scheduler": ["diffusers", "FlowMapEulerDiscreteScheduler"]}
-    parts = json.loads((Path(base) / "model_index.json").read_text()) if base else {}
+        config, state = load(stage, second_time=True)
+        record = read_record(stage, config)
+    theirs = diffusers_config(stage, config, record)
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"{to} is not empty: give a new folder")
-
-    def write(folder):
-        for name in ("text_encoder", "tokenizer", "vae"):
-            index[name] = parts.get(name, [None, None])
-            if base and copy:
-                shutil.copytree(Path(base) / name, folder / name)
-            elif base:
-                (folder / name).symlink_to((Path(base) / name).resolve(), target_is_directory=True)
-        (folder / "transformer").mkdir()
-        (folder / "scheduler").mkdir()
-        tensors = {their_name(name, "diffusers"): (tensor.shape, tensor.dtype, partial(state.__getitem__, name))
-                   for name, tensor in state.items()}             # read twice, but never held together
-        checkpoint.write_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
-        (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=1))
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
-            {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": record["config"]["shift"]}))
-        (folder / "model_index.json").write_text(json.dumps(index, indent=1))
-    checkpoint.write_aside(to, write)
+    shift = record["config"]["shift"]
+    checkpoint.write_aside(to, lambda folder: write_pipeline(folder, theirs, state, shift,
+                                                              base, copy))
     return to
 
 
+def diffusers_config(stage, c: ModelConfig, record: dict) -> dict:
+    """config.json of the network in Diffusers' class for it."""
+    if c.image_channels:
+        raise ValueError(f"{stage}: Diffusers has no class for a flow map with Wan2.1-I2V's image "
+                         f"inputs")
+    if c.output_skip or c.time_scale != 1000 or not c.second_time:
+        raise ValueError(f"{stage}: Diffusers has no class for it: output_skip {c.output_skip} "
+                         f"(must be 0), time_scale {c.time_scale} (1000), "
+                         f"second_time {c.second_time} (True: stage flowmap or distill)")
+    config = {
+        "_class_name": "AnyFlowTransformer3DModel", "patch_size": [1, c.patch, c.patch],
+        "num_attention_heads": c.heads, "attention_head_dim": c.dim // c.heads,
+        "in_channels": c.channels, "out_channels": c.channels, "text_dim": c.text_dim,
+        "freq_dim": c.freq_dim, "ffn_dim": c.ffn_dim, "num_layers": c.layers,
+        "cross_attn_norm": True, "gate_value": c.gate, "deltatime_type": "r"}
+    if len(record["chunks"]) == 1:
+        return config
+    if not c.compressed:
+        raise ValueError(f"{stage}: Diffusers' causal class needs a compressed patch embedding "
+                         f"(--full-chunks above 0)")
+    return config | {
+        "_class_name": "AnyFlowFARTransformer3DModel", "chunk_partition": record["chunks"],
+        "compressed_patch_size": [1, 2 * c.patch, 2 * c.patch],
+        "full_chunk_limit": record["config"]["full_chunks"]}
+
+
+PARTS = ("text_encoder", "tokenizer", "vae")                     # of a pipeline, beside the network
+
+
+def write_pipeline(folder: Path, config: dict, state: Tensors, shift: float, base, copy) -> None:
+    """A pipeline folder of a network with Diffusers' `config` and tensors `state`."""
+    kind = config["_class_name"]
+    index = {"_class_name": "AnyFlowFARPipeline" if "FAR" in kind else "AnyFlowPipeline",
+             "transformer": ["diffusers", kind],
+             "scheduler": ["diffusers", "FlowMapEulerDiscreteScheduler"]}
+    parts = json.loads((Path(base) / "model_index.json").read_text()) if base else {}
+    for name in PARTS:
+        index[name] = parts.get(name, [None, None])
+        if base and copy:
+            shutil.copytree(Path(base) / name, folder / name)
+        elif base:
+            target = (Path(base) / name).resolve()
+            (folder / name).symlink_to(target, target_is_directory=True)
+
+    tensors = {}
+    for name, tensor in state.items():           # read twice, but never held together
+        read = partial(state.__getitem__, name)
+        tensors[their_name(name, "diffusers")] = (tensor.shape, tensor.dtype, read)
+    (folder / "transformer").mkdir()
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    checkpoint.write_tensors(file, tensors, {"format": "pt"})
+    (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=1))
+
+    scheduler = {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000,
+                 "shift": shift}
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+
+
 def export_adapter(stage, to) -> Path:
-    """Write the adapter of a finished stage as a LoRA file that Diffusers' pipelines load onto the base's flow map; alpha /
-    rank is multiplied into its second matrices. Raises ValueError where there is no adapter, or more than low-rank pairs."""
+    """Write the adapter of a finished stage as a LoRA file that Diffusers' pipelines load onto the
+    base's flow map; alpha / rank is multiplied into its second matrices. Raises ValueError where
+    there is no adapter, or more than low-rank pairs."""
     to = Path(to)
     _, tensors, adapter = checkpoint.load_model(stage)
     if not adapter:
-        raise ValueError(f"{stage} has all its weights trained and no adapter: export it to a folder")
+        raise ValueError(f"{stage} has all its weights trained and no adapter: export it to a "
+                         f"folder")
     if any(name.startswith(lora.REPLACED) for name in tensors):
-        raise ValueError(f"{stage} trains {', '.join(lora.REPLACED)} as a whole, which no LoRA file can hold: export it to a folder")
+        raise ValueError(f"{stage} trains {', '.join(lora.REPLACED)} as a whole, which no LoRA "
+                         f"file can hold: export it to a folder")
     if to.exists():
         raise ValueError(f"{to} is there already: give a new file")
+    scale = adapter["alpha"] / adapter["rank"]
     state = {}
     for name, tensor in tensors.items():
         path, part = name.rsplit(".", 1)
         path = their_name(f"{path}.weight", "diffusers").removesuffix(".weight")
-        state[f"transformer.{path}.lora_{'A' if part == 'down' else 'B'}.weight"] = (
-            tensor if part == "down" else tensor * (adapter["alpha"] / adapter["rank"]))
+        if part == "down":
+            state[f"transformer.{path}.lora_A.weight"] = tensor
+        else:
+            state[f"transformer.{path}.lora_B.weight"] = tensor * scale
     to.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, aside := to.with_suffix(".partial"), metadata={"format": "pt"})
+    aside = to.with_suffix(".partial")
+    save_file(state, aside, metadata={"format": "pt"})
     return aside.rename(to)
+
+
+def show(path: Path) -> None:
+    config, state = load(path)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in FlowMapDiT(config).parameters())
+    print(f"{path}: {count:,} parameters in {len(state)} tensors, float32 "
+          f"{4 * count / 2**30:.1f} GiB\n{asdict(config)}")
 
 
 def main(argv=None) -> None:
     parser = cli.Parser("Weights of Wan2.1 and AnyFlow, in and out.",
-                        "python wan.py export runs/wan/distill --to anyflow --base Wan2.1-T2V-1.3B-Diffusers")
-    parser.add_argument("what", type=cli.choice(("show", "export")), help="show: what a path holds; export: for Diffusers")
-    parser.add_argument("path", type=Path, help="a file or folder of weights; for export a finished stage, RUN/STAGE, "
-                        "or Wan weights to become a flow map")
-    parser.add_argument("--to", type=Path, help="export: the new folder, or NAME.safetensors for the adapter alone")
-    parser.add_argument("--base", type=Path, help="export: a Wan pipeline folder, for text encoder, tokenizer and autoencoder")
-    parser.add_argument("--copy", action="store_true", help="export: copy them from --base; the default is to link")
+                        "python wan.py export runs/wan/distill --to anyflow "
+                        "--base Wan2.1-T2V-1.3B-Diffusers")
+    parser.add_argument("what", type=cli.choice(("show", "export")),
+                        help="show: what a path holds; export: for Diffusers")
+    parser.add_argument("path", type=Path, help="a file or folder of weights; for export a "
+                        "finished stage, RUN/STAGE, or Wan weights to become a flow map")
+    parser.add_argument("--to", type=Path, help="export: the new folder, or NAME.safetensors for "
+                        "the adapter alone")
+    parser.add_argument("--base", type=Path, help="export: a Wan pipeline folder, for text "
+                        "encoder, tokenizer and autoencoder")
+    parser.add_argument("--copy", action="store_true",
+                        help="export: copy them from --base; the default is to link")
     args = parser.parse(argv)
+    if args.what == "export" and not args.to:
+        parser.error("export needs --to DIR")
     try:
         if args.what == "show":
-            config, state = load(args.path)
-            with torch.device("meta"):
-                count = sum(p.numel() for p in FlowMapDiT(config).parameters())
-            print(f"{args.path}: {count:,} parameters in {len(state)} tensors, float32 {4 * count / 2**30:.1f} GiB\n{asdict(config)}")
+            show(args.path)
+        elif args.to.suffix == ".safetensors":
+            print(export_adapter(args.path, args.to))
         else:
-            if not args.to:
-                parser.error("export needs --to DIR")
-            print(export_adapter(args.path, args.to) if args.to.suffix == ".safetensors" else
-                  export(args.path, args.to, args.base, args.copy))
+            print(export(args.path, args.to, args.base, args.copy))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 

@@ -13,7 +13,8 @@ import flowmap
 import sample
 import train
 import wan
-from model import FlowMapDiT, teacher_forced
+from cache import teacher_forced
+from model import FlowMapDiT
 from pipeline import fit
 
 pytest.importorskip("diffusers", minversion="0.42")

@@ -11,6 +11,7 @@ import dmd
 import flowmap
 import lora
 import meanflow
+import pipeline
 import wan
 from cache import Context, append_chunk, teacher_forced
 from checkpoint import Tensors
@@ -203,6 +204,46 @@ def test_a_run_of_adapters_from_base_to_clip(tmp_path):
     checkpoint.load_weights(merged, state, stage)
     checkpoint.save_model(stage, dict(merged.named_parameters()), config, is_main=True)       # in place of the adapter
     torch.testing.assert_close(sample.generate(sample.load_pipeline(stage), prompt, [0], [1.0, 0.0]), clip, rtol=1e-4, atol=1e-4)
+
+
+def saved_stage(folder, config, rank: int = 0, base=None, scale: float = 0.2):
+    """(folder, tensors) of a stage of random weights, or of an adapter of `base`; alpha is 8."""
+    net, adapter = FlowMapDiT(config), None
+    if rank:
+        lora.add_adapter(net, "it", rank, ALPHA)
+        net, adapter = lora.Adapted(net, "it"), {"rank": rank, "alpha": ALPHA, "base": str(base)}
+    tensors = {n: scale * randn(*p.shape, key=(folder.name, n)) for n, p in net.named_parameters()}
+    folder.mkdir()
+    checkpoint.save_model(folder, tensors, config, is_main=True, adapter=adapter)
+    return folder, tensors
+
+
+def test_an_adapter_of_an_adapter_is_whole_in_bf16(tmp_path):
+    """An adapter stage that is the base of another: bf16 holds root and adapters apart. Updates are
+    about 1e-2 of the weights, of which a bf16 grid would lose a part."""
+    teacher = replace(CONFIG, second_time=False, compressed=False)
+    root, weights = saved_stage(tmp_path / "root", teacher)
+    first, below = saved_stage(tmp_path / "first", teacher, 2, root, scale=0.01)
+    second, above = saved_stage(tmp_path / "second", CONFIG, 3, first, scale=0.01)
+    # Merged one after the other in fp32, the second into the flow map of the first.
+    merged = Tensors(lora.merged(weights, below, ALPHA / 2))
+    merged = wan.as_causal(wan.as_flow_map(merged))
+    merged = Tensors(lora.merged(merged, above, ALPHA / 3))
+    loaded = wan.load(second)[1]
+    assert loaded.keys() == merged.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-5, atol=1e-6)
+
+    net = pipeline.load_network(second, *wan.load_apart(second), "cpu", bf16=True)
+    weights = wan.as_flow_map(weights)
+    adapted = [path for path, _ in net.named_modules() if path.endswith(lora.TARGETS)]
+    assert len(adapted) == 2 * 6 + 4
+    for path in adapted:
+        module, W = net.get_submodule(path), weights[f"{path}.weight"]
+        pair, = module.adapters.values()
+        kept = module.weight.float() + pair.scale * pair.up.float() @ pair.down.float()
+        kept, exact = kept - W.bfloat16().float(), merged[f"{path}.weight"] - W
+        assert (kept - exact).norm() < 0.01 * exact.norm(), path
 
 
 def test_adapters_of_different_bases_do_not_mix(tmp_path, monkeypatch):

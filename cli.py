@@ -1,4 +1,4 @@
-"""Command lines: every flag documented with its default, a wrong one answered with the nearest right one."""
+"""Command lines: every flag documented with its default, a wrong one answered with the nearest."""
 import argparse
 import dataclasses
 import difflib
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def flag(default, help: str, **metadata):
-    """A dataclass field that is also a command-line flag. `help` says what it means and why it has its value."""
+    """A dataclass field that is also a flag. `help` says what it means and why it has its value."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help, no abbreviations, and suggestions in errors. Errors exit with code 2."""
+    """argparse with defaults in --help, no abbreviations, suggestions in errors, exit code 2."""
 
     def __init__(self, description: str, example: str):
         super().__init__(description=description, epilog=f"example: {example}", allow_abbrev=False,
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv=None) -> argparse.Namespace:
         known, unknown = self.parse_known_args(argv)
-        flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        flags = [name for name in self._option_string_actions if name.startswith("--")]
         for word in unknown:
             if word.startswith("-"):
                 self.error(f"unknown flag {word}{nearest(word.split('=')[0], flags)}")
@@ -30,20 +30,22 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def add_config(self, config, default_text=lambda field: f"default {field.default}"):
-        """A flag for every field of a dataclass. Only flags that were given appear in the parsed namespace."""
+        """A flag for each field of a dataclass. Those not given are not in the namespace."""
         for field in dataclasses.fields(config):
             kind, choices = type(field.default), field.metadata.get("choices")
-            if kind is bool:
-                options = {"action": argparse.BooleanOptionalAction}
-            else:
-                options = {"type": choice(choices) if choices else kind, "metavar": kind.__name__.upper()}
-            self.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **options,
-                              help=(field.metadata["help"] if "(default" in field.metadata["help"] else
-                                    f"{field.metadata['help']} ({default_text(field)})").replace("%", "%%"))
+            options = {"action": argparse.BooleanOptionalAction}
+            if kind is not bool:
+                options = {"type": choice(choices) if choices else kind,
+                           "metavar": kind.__name__.upper()}
+            text = field.metadata["help"]
+            if "(default" not in text:
+                text += f" ({default_text(field)})"
+            self.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                              help=text.replace("%", "%%"), **options)
 
 
 def run(main) -> None:
-    """A script: what a user got wrong, in Python a ValueError or OSError of main(), is one line and exit code 2."""
+    """A script: what a user got wrong, an error of main(), is one line and exit code 2."""
     try:
         main()
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -55,11 +57,12 @@ def check_folder(path: Path, flag: str) -> None:
     """Raises ValueError unless the folder `path` is there, or can be made, and can be written."""
     there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{flag} {path}: {there} is not a folder that can be written; give another one")
+        raise ValueError(f"{flag} {path}: {there} is not a folder that can be written; "
+                         f"give another one")
 
 
 def nearest(word: str, words) -> str:
-    """'; did you mean ...?' for an error message, or the list of what is valid when nothing is near."""
+    """'; did you mean ...?' for an error message, or what is valid when nothing is near."""
     close = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(words)}"
 
@@ -80,5 +83,6 @@ def positive_ints(text: str) -> list[int]:
     except ValueError:
         values = [0]
     if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from 1 up with commas, such as 1,2,4")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from 1 up with commas, "
+                                         f"such as 1,2,4")
     return values

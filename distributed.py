@@ -1,4 +1,4 @@
-"""Ranks, sharding, and randomness that is explicit: the same script on one CPU process, gloo processes, or N GPUs."""
+"""Ranks, sharding, explicit randomness: the same script on one CPU, gloo processes, or N GPUs."""
 import hashlib
 import os
 import signal
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,21 @@ class World:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """auto (this process's GPU if there is one), cpu or cuda. Raises ValueError when a GPU is asked for and none is there."""
+    """auto (this process's GPU if there is one), cpu or cuda (ValueError if there is none)."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {device!r}: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: torch sees no GPU here; leave --device out, or say --device cpu")
-    use_gpu = torch.cuda.is_available() and device != "cpu"
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_gpu else torch.device("cpu")
+        raise ValueError("device cuda: torch sees no GPU here; leave --device out, or say "
+                         "--device cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def start(device: str = "auto") -> World:
-    """Join the processes that torchrun started, or be a world of one. Errors as for `pick_device`."""
+    """Join the processes that torchrun started, or be a world of one. Errors as `pick_device`."""
     picked = pick_device(device)
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     if not dist.is_initialized():
@@ -47,10 +50,10 @@ def start(device: str = "auto") -> World:
 
 
 def stop() -> None:
-    """Leave the group and end the process, with exit code 0. Only for scripts, after their last line.
+    """Leave the group and end the process with code 0. For scripts, after their last line.
 
-    The interpreter is not torn down: gloo's worker threads outlive destroy_process_group, and one that still holds a
-    Python tensor then aborts the process (seen in 1 run of 25).
+    The interpreter is not torn down: gloo's worker threads outlive destroy_process_group, and one
+    that still holds a Python tensor then aborts the process (seen in 1 run of 25).
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -60,40 +63,43 @@ def stop() -> None:
 
 
 def shard(network: torch.nn.Module, world: World, bf16: bool, over: str = "all") -> torch.nn.Module:
-    """FSDP2: every block, then the rest, sharded over all ranks, or over those of each node; fp32 reductions.
+    """FSDP2: every block, then the rest, over all ranks or those of each node; fp32 reductions.
 
-    With bf16, weights are gathered and multiplied in bf16; inputs are not cast, or times would lose their digits. A
-    single process without bf16 keeps the plain module.
+    With bf16, weights are gathered and multiplied in bf16; inputs are not cast, or times would lose
+    their digits. A single process without bf16 keeps the plain module.
     """
     if world.size == 1 and not bf16:
         return network
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if over == "node" else world.size
-    mesh = (init_device_mesh(world.device.type, (world.size,)) if local == world.size else
-            init_device_mesh(world.device.type, (world.size // local, local), mesh_dim_names=("nodes", "ranks")))
-    # A block returns keys and values as Linears make them, views; nothing here changes a tensor in place.
+    shape, names = (world.size,), ("ranks",)
+    if local != world.size:
+        shape, names = (world.size // local, local), ("nodes", "ranks")
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    # A block returns keys and values as Linears make them, views; nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None,
+                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in network.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(block, "encode_prompt")
-    # Sharded again after every forward: a last call without gradient would else leave whole weights for a checkpoint to save.
+    # Sharded again after every forward: a last call without gradient would else leave whole weights
+    # for a checkpoint to save.
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for method in ("encode", "encode_prompt"):                            # these, too, gather the weights before they run
+    for method in ("encode", "encode_prompt"):                   # these, too, gather the weights
         register_fsdp_forward_method(network, method)
     return network
 
 
 def sync_gradients(network: torch.nn.Module, on: bool) -> None:
     """Gradient accumulation: reduce over ranks only after the last micro-batch."""
-    network = getattr(network, "network", network)               # of an adapter (lora.Adapted): the base that it shares
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(on)
+    base = getattr(network, "network", network)                  # of an adapter (lora.Adapted)
+    if isinstance(base, FSDPModule):
+        base.set_requires_gradient_sync(on)
 
 
 def sum_over_ranks(*values: float, world: World) -> list[float]:
-    total = torch.tensor(values, dtype=torch.float64 if world.device.type == "cpu" else torch.float32,
-                         device=world.device)
+    dtype = torch.float64 if world.device.type == "cpu" else torch.float32
+    total = torch.tensor(values, dtype=dtype, device=world.device)
     if world.size > 1:
         dist.all_reduce(total)
     return total.tolist()
@@ -147,18 +153,22 @@ def merge_over_ranks(values: dict, world: World) -> dict:
 
 
 def launch() -> dict:
-    """Who started this process: torchrun's own process, if any, and SLURM's job with how often it has been put back."""
+    """Who started this process: torchrun's process, if any, SLURM's job and its restarts."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return {"torchrun": run and f"{run} {os.getppid()}", "job": os.environ.get("SLURM_JOB_ID", ""),
             "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
 
 
 def is_restart(before: dict | None) -> bool:
-    """Whether torchrun or SLURM has started this process once more, after the launch `before`. A user may start the same
-    command again in the same job: that is another launch."""
-    now, before = launch(), before or {}
-    by_slurm = now["job"] and now["job"] == before.get("job") and now["restarts"] > before["restarts"]
-    return bool(by_slurm or now["torchrun"] and now["torchrun"] == before.get("torchrun"))
+    """Whether torchrun or SLURM has started this process once more, after the launch `before`. The
+    same command that a user starts again in the same job is another launch."""
+    now = launch()
+    if not before:
+        return False
+    same_job = now["job"] and now["job"] == before.get("job")
+    if same_job and now["restarts"] > before["restarts"]:
+        return True
+    return bool(now["torchrun"] and now["torchrun"] == before.get("torchrun"))
 
 
 def on_main(decide, world: World):
@@ -172,14 +182,15 @@ def barrier(world: World) -> None:
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGINT and SIGUSR1, so that a run ends after its update instead of in it, until `restore`. A second SIGINT
-    ends it at once. SIGUSR1 is for schedulers: torchrun does not wait for workers that have SIGTERM longer than its
-    --shutdown-timeout."""
+    """Notes SIGTERM, SIGINT and SIGUSR1, so that a run ends after its update, not in it; until
+    `restore`. A second SIGINT ends it at once. SIGUSR1 is for schedulers: torchrun does not wait
+    for workers that have SIGTERM longer than its --shutdown-timeout."""
 
     def __init__(self):
         self.seen, self.before = False, {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self.before[number] = signal.signal(number, self.note)
 
     def note(self, number, frame):
         self.seen = True
@@ -199,25 +210,26 @@ class StopSignal:
 def generator(*keys) -> torch.Generator:
     """A CPU generator that is a pure function of its keys, such as (seed, step, slot, "noise").
 
-    What ranks must agree on (the rollout's N and k) is drawn from keys without a rank or slot; what must differ (noise)
-    has the sample's slot in the global batch, so the split over ranks and micro-batches changes nothing.
+    What ranks must agree on (the rollout's N and k) is drawn from keys without a rank or slot; what
+    must differ (noise) has the sample's slot in the global batch: a split over ranks and
+    micro-batches changes nothing.
     """
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def slots(world: World, micro_batch: int, micro_step: int) -> torch.Tensor:
-    """Which samples of the global batch this rank takes in a micro-step, (micro_batch,): dealt out like cards, so that
-    roles, which are stratified along the batch, are even over ranks."""
+    """Which samples of the global batch this rank takes in a micro-step, (micro_batch,): dealt out
+    like cards, so that roles, which are stratified along the batch, are even over ranks."""
     return (micro_step * micro_batch + torch.arange(micro_batch)) * world.size + world.rank
 
 
 def noise(shape, *keys, slots) -> torch.Tensor:
-    """Standard normal noise (len(slots), *shape), each sample from its own generator (*keys, slot)."""
+    """Standard normal noise (len(slots), *shape), a sample from its own generator (*keys, slot)."""
     return noise_stream(*keys, slots=slots)(shape)
 
 
 def noise_stream(*keys, slots):
-    """A function that draws the next noise (len(slots), *shape) at each call, for samplers that need it again and again."""
+    """A function that draws the next noise (len(slots), *shape) at each call."""
     generators = [generator(*keys, int(slot)) for slot in slots]
     return lambda shape: torch.stack([torch.randn(shape, generator=g) for g in generators])

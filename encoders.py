@@ -1,8 +1,8 @@
-"""Pixels and prompts to what the network works on, and back: Wan's own encoders, and small stand-ins for the toy sets, which
-need no download.
+"""Pixels and prompts to what the network works on, and back: Wan's own encoders, and stand-ins for
+the toy sets, which need no download.
 
-Legend:  B batch   T pixel frames   H, W picture   F, h, w latent frames, height, width   C latent channels
-         P values of a pixel patch
+Legend:  B batch   T pixel frames   H, W picture   F, h, w latent frames, height, width
+         C latent channels          P values of a pixel patch
 Videos are float32 (B, T, 3, H, W) in [-1, 1], latents (B, F, C, h, w), prompts (B, length, dim).
 """
 import html
@@ -18,22 +18,24 @@ import torch
 
 
 class PatchPCA:
-    """Stand-in for a video autoencoder: each patch of pixels (P = 2 x 4 x 4 x 3 = 96 values) is projected to C
-    principal components. Components keep their decaying variances; one global scale makes the latents' variance 1."""
+    """Stand-in for a video autoencoder: each patch of pixels (P = 2 x 4 x 4 x 3 = 96 values) is
+    projected to C principal components. They keep their decaying variances; one scale makes the
+    latents' variance 1."""
 
-    def __init__(self, mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, patch=(2, 4, 4)):
+    def __init__(self, mean, basis, scale, patch=(2, 4, 4)):
         self.mean, self.basis, self.scale = mean, basis, scale   # (P,), (P, C), ()
         self.patch = tuple(int(p) for p in patch)                # frames, rows, columns
         self.pixels = self.patch[1]                              # of a latent, each way
 
     @classmethod
     def fit(cls, video: torch.Tensor, channels: int = 48, patch=(2, 4, 4)) -> "PatchPCA":
-        """Fits video (B, T, 3, H, W). ValueError if the patch does not divide T, H, W, or channels exceed P."""
+        """Fits video (B, T, 3, H, W). ValueError if the patch does not divide it or C > P."""
         if not 1 <= channels <= 3 * prod(patch):
-            raise ValueError(f"channels must be 1 to {3 * prod(patch)}, the values of a patch, not {channels}")
+            raise ValueError(f"channels must be 1 to {3 * prod(patch)}, the values of a patch, not "
+                             f"{channels}")
         x = split_patches(video, patch).flatten(0, 3).double()   # (patches, P)
         mean = x.mean(0)
-        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))     # ascending
+        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))    # ascending
         values, basis = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
         # An eigenvector is known up to its sign: its largest entry is made positive.
         basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
@@ -41,7 +43,7 @@ class PatchPCA:
         return cls(mean.float(), basis.float().contiguous(), scale.float(), patch)
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, T, 3, H, W) -> (B, F, C, h, w). ValueError if the patch does not divide T, H and W."""
+        """(B, T, 3, H, W) -> (B, F, C, h, w). ValueError if the patch does not divide T, H, W."""
         x = split_patches(video.float(), self.patch)             # (B, F, h, w, P)
         z = (x - self.mean.to(x.device)) @ self.basis.to(x.device) / self.scale.to(x.device)
         return z.permute(0, 1, 4, 2, 3).contiguous()             # (B, F, C, h, w)
@@ -49,9 +51,9 @@ class PatchPCA:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, F, C, h, w) -> (B, T, 3, H, W), clamped to [-1, 1]."""
         z = latents.float().permute(0, 1, 3, 4, 2) * self.scale.to(latents.device)
-        x = z @ self.basis.to(z.device).T + self.mean.to(z.device)                  # (B, F, h, w, P)
-        x = x.unflatten(4, (self.patch[0], 3, *self.patch[1:]))                     # (B, F, h, w, 2, 3, 4, 4)
-        x = x.permute(0, 1, 4, 5, 2, 6, 3, 7)                                       # (B, F, 2, 3, h, 4, w, 4)
+        x = z @ self.basis.to(z.device).T + self.mean.to(z.device)        # (B, F, h, w, P)
+        x = x.unflatten(4, (self.patch[0], 3, *self.patch[1:]))           # (B, F, h, w, 2, 3, 4, 4)
+        x = x.permute(0, 1, 4, 5, 2, 6, 3, 7)                             # (B, F, 2, 3, h, 4, w, 4)
         return x.flatten(6, 7).flatten(4, 5).flatten(1, 2).clamp(-1, 1)
 
     def frames(self, latents: int) -> int:
@@ -63,7 +65,8 @@ class PatchPCA:
         return self.decode
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {"mean": self.mean, "basis": self.basis, "scale": self.scale, "patch": torch.tensor(self.patch)}
+        return {"mean": self.mean, "basis": self.basis, "scale": self.scale,
+                "patch": torch.tensor(self.patch)}
 
     @classmethod
     def from_state(cls, state: dict[str, torch.Tensor]) -> "PatchPCA":
@@ -74,38 +77,46 @@ def split_patches(video: torch.Tensor, patch) -> torch.Tensor:
     """(B, T, 3, H, W) -> (B, F, h, w, P), P in the order frame, colour, row, column."""
     sides = (video.shape[1], *video.shape[3:])
     if any(side % p for side, p in zip(sides, patch)):
-        raise ValueError(f"frames x height x width {sides} must be divisible by the patch {tuple(patch)}")
+        raise ValueError(f"frames x height x width {sides} must be divisible by the patch "
+                         f"{tuple(patch)}")
     t, p, q = patch
-    x = video.unflatten(4, (-1, q)).unflatten(3, (-1, p)).unflatten(1, (-1, t))     # (B, F, t, 3, h, p, w, q)
+    x = video.unflatten(4, (-1, q)).unflatten(3, (-1, p)).unflatten(1, (-1, t))
+    # x: (B, F, t, 3, h, p, w, q)
     return x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4)
 
 
 class Words:
-    """Stand-in for a text encoder: each word is a fixed random vector of mean square 1, a function of its letters."""
+    """Stand-in for a text encoder: each word is a fixed random vector of mean square 1, a function
+    of its letters."""
 
     def __init__(self, vocabulary: list[str], dim: int = 64, length: int = 8):
         self.vocabulary, self.dim, self.length = list(vocabulary), dim, length
-        vectors = {word: np.random.default_rng(zlib.crc32(word.encode())).standard_normal(dim) for word in vocabulary}
-        self.vectors = {word: torch.from_numpy(v / (v**2).mean() ** 0.5).float() for word, v in vectors.items()}
+        self.vectors = {}
+        for word in vocabulary:
+            v = np.random.default_rng(zlib.crc32(word.encode())).standard_normal(dim)
+            self.vectors[word] = torch.from_numpy(v / (v**2).mean() ** 0.5).float()
 
     @classmethod
     def of(cls, captions: list[str], dim: int = 64) -> "Words":
         """Knows all words of the captions, and is as long as the longest."""
         lists = [split_words(caption) for caption in captions]
-        return cls(sorted({word for words in lists for word in words}), dim, max(map(len, lists), default=0))
+        vocabulary = sorted({word for words in lists for word in words})
+        return cls(vocabulary, dim, max(map(len, lists), default=0))
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
-        """(B, length, dim) float32 on the CPU, zero after a caption's last word; '' is all zeros. ValueError for an
-        unknown word or a caption longer than `length`."""
+        """(B, length, dim) float32 on the CPU, zero after a caption's last word; '' is all zeros.
+        ValueError for an unknown word or a caption longer than `length`."""
         lists = [split_words(caption) for caption in captions]
         unknown = sorted({word for words in lists for word in words} - self.vectors.keys())
+        nearest = ["".join(get_close_matches(word, self.vocabulary, 1, 0)) for word in unknown]
         if unknown:
             raise ValueError("unknown words: " + ", ".join(
-                f"{word!r} (nearest known: {''.join(get_close_matches(word, self.vocabulary, 1, 0))!r})" for word in unknown))
+                f"{word!r} (nearest known: {near!r})" for word, near in zip(unknown, nearest)))
         text = torch.zeros(len(captions), self.length, self.dim)
         for row, words, caption in zip(text, lists, captions):
             if len(words) > self.length:
-                raise ValueError(f"caption of {len(words)} words, at most {self.length} fit: {caption!r}")
+                raise ValueError(f"caption of {len(words)} words, at most {self.length} fit: "
+                                 f"{caption!r}")
             for i, word in enumerate(words):
                 row[i] = self.vectors[word]
         return text
@@ -116,24 +127,25 @@ def split_words(caption: str) -> list[str]:
 
 
 class Encoded:
-    """A set of clips (data.py) behind the two stand-in encoders, with the interface of data.Shards."""
+    """A set of clips (data.py) behind the stand-in encoders, with the interface of data.Shards."""
     conditioning = ()
 
     def __init__(self, dataset, codec: PatchPCA, words: Words):
         self.dataset, self.codec, self.words = dataset, codec, words
-        self.null_text = words([""])[0]                                             # (T, D)
-        self.latent_shape = tuple(codec.encode(dataset.clips([0])[0]).shape[1:])    # (F, C, h, w)
+        self.null_text = words([""])[0]                          # (T, D)
+        self.latent_shape = tuple(codec.encode(dataset.clips([0])[0]).shape[1:])   # (F, C, h, w)
 
     def draw(self, indices, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Latents (B, F, C, h, w) and prompt features (B, T, D) of clips that are functions of (seed, index); no pictures."""
+        """Latents (B, F, C, h, w) and prompt features (B, T, D), functions of (seed, index)."""
         video, captions = self.dataset.clips(indices, seed=seed)
         return self.codec.encode(video), self.words(captions), {}
 
 
 # What Wan was given as the empty prompt: the standard negative one of its authors.
 NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
-    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 
 
 def extra(name: str):
@@ -141,54 +153,63 @@ def extra(name: str):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"Wan's text encoder and autoencoder need {name}: pip install -r requirements-wan.txt") from None
+        raise ModuleNotFoundError(f"Wan's text encoder and autoencoder need {name}: pip install -r "
+                                  f"requirements-wan.txt") from None
 
 
 def part_of(base, name: str) -> Path:
-    """The folder of a part of a pipeline. Raises ValueError where it is missing: nothing is ever fetched from a hub."""
+    """The folder of a part of a pipeline. ValueError where it is missing: nothing is fetched."""
     folder = Path(base) / name
     if not folder.is_dir():
-        raise ValueError(f"{base} has no {name}: give --base the pipeline folder of the weights, in Diffusers' layout")
+        raise ValueError(f"{base} has no {name}: give --base the pipeline folder of the weights, "
+                         f"in Diffusers' layout")
     return folder
 
 
 class WanCodec:
-    """Wan's video autoencoder, with the interface of `PatchPCA`: videos (B, T, 3, H, W) in [-1, 1] with T = 4 n + 1 to
-    latents (B, n + 1, C, H / pixels, W / pixels) of mean 0 and variance 1, and back. Its config says which it is: 16 channels
-    of 8 x 8 pixels (Wan2.1), or 48 of 16 x 16 (Wan2.2-TI2V-5B).
+    """Wan's video autoencoder, with the interface of `PatchPCA`: videos (B, T, 3, H, W) in [-1, 1],
+    T = 4 n + 1, to latents (B, n + 1, C, H / pixels, W / pixels) of mean 0, variance 1, and back.
+    Its config says which it is: 16 channels of 8 x 8 pixels (Wan2.1), 48 of 16 x 16 (Wan2.2-TI2V).
 
-    tiling: encode and decode one clip at a time, in overlapping tiles, for GPUs of little memory.
+    tiling: one clip at a time, in overlapping tiles, for GPUs of little memory.
     """
 
     def __init__(self, base, device="cpu", tiling: bool = False):
         folder = part_of(base, "vae")
-        self.vae = extra("diffusers").AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
-        self.vae = self.vae.to(device).eval().requires_grad_(False)
+        wan_vae = extra("diffusers").AutoencoderKLWan
+        vae = wan_vae.from_pretrained(folder, torch_dtype=torch.float32)
+        self.vae = vae.to(device).eval().requires_grad_(False)
         if tiling:
             self.vae.enable_tiling()
             self.vae.enable_slicing()
         c = self.vae.config
-        self.channels, self.pixels = c.z_dim, c.scale_factor_spatial             # pixels of a latent, each way
-        self.stride = c.scale_factor_temporal                                    # pixel frames of a latent one
-        self.fps = 16 if c.z_dim == 16 else 24                                   # that the networks of these latents make
-        self.mean, self.std = (torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
-                               for values in (c.latents_mean, c.latents_std))
+        self.channels = c.z_dim
+        self.pixels = c.scale_factor_spatial                     # of a latent, each way
+        self.stride = c.scale_factor_temporal                    # pixel frames of a latent one
+        self.fps = 16 if c.z_dim == 16 else 24                   # of the networks' clips
+        self.mean = torch.tensor(c.latents_mean, device=device).view(1, -1, 1, 1, 1)
+        self.std = torch.tensor(c.latents_std, device=device).view(1, -1, 1, 1, 1)
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
-        z = self.vae.encode(video.transpose(1, 2).to(self.mean.device)).latent_dist.mode()      # (B, C, F, h, w)
+        video = video.transpose(1, 2).to(self.mean.device)       # (B, 3, T, H, W)
+        z = self.vae.encode(video).latent_dist.mode()            # (B, C, F, h, w)
         return ((z - self.mean) / self.std).transpose(1, 2).contiguous()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        z = latents.float().to(self.mean.device).transpose(1, 2) * self.std + self.mean
-        return self.vae.decode(z).sample.transpose(1, 2).clamp(-1, 1).cpu()
+        return self.vae.decode(self.unscaled(latents)).sample.transpose(1, 2).clamp(-1, 1).cpu()
+
+    def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, F, C, h, w) -> (B, C, F, h, w), as the autoencoder has them."""
+        return latents.float().to(self.mean.device).transpose(1, 2) * self.std + self.mean
 
     def frames(self, latents: int) -> int:
         """Pixel frames of so many latent frames: the first is one frame, every other one four."""
         return self.stride * (latents - 1) + 1
 
     def condition(self, picture: torch.Tensor, latents: int) -> torch.Tensor:
-        """What Wan2.1-I2V is told of a clip of so many latent frames that starts with picture (B, 3, H, W) in [-1, 1]: a mask,
-        1 for each pixel frame that is given, and the latents of the picture with grey after it, (B, F, 4 + C, h, w)."""
+        """What Wan2.1-I2V is told of a clip of so many latent frames that starts with picture
+        (B, 3, H, W) in [-1, 1]: a mask, 1 for each pixel frame that is given, and the latents of
+        the picture with grey after it, (B, F, 4 + C, h, w)."""
         video = picture.new_zeros(len(picture), self.frames(latents), *picture.shape[1:])
         video[:, 0] = picture
         z = self.encode(video)
@@ -197,66 +218,71 @@ class WanCodec:
         return torch.cat([mask, z], 2)
 
     def decoder(self):
-        """A function that decodes the chunks of a video one after the other, which must be done in order. The autoencoder
-        is causal: its cache of features is what decode() uses frame by frame, kept between calls. Never in tiles."""
-        vae, first, wan_vae = self.vae, True, importlib.import_module("diffusers.models.autoencoders.autoencoder_kl_wan")
+        """A function that decodes the chunks of a video in their order. The autoencoder is causal:
+        its cache of features, as decode() uses it, is kept between calls. Never in tiles."""
+        vae, first = self.vae, True
         vae.clear_cache()
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
             nonlocal first
-            z = latents.float().to(self.mean.device).transpose(1, 2) * self.std + self.mean
             frames = []
-            for frame in vae.post_quant_conv(z).split(1, 2):
+            for frame in vae.post_quant_conv(self.unscaled(latents)).split(1, 2):
                 vae._conv_idx = [0]
-                frames.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=first))
+                frames.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx,
+                                          first_chunk=first))
                 first = False
             video = torch.cat(frames, 2)
-            if vae.config.patch_size:                            # Wan2.2-TI2V-5B: squares of pixels are channels inside
-                video = wan_vae.unpatchify(video, vae.config.patch_size)
+            if vae.config.patch_size:           # Wan2.2-TI2V: squares of pixels are channels inside
+                from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+                video = unpatchify(video, vae.config.patch_size)
             return video.transpose(1, 2).clamp(-1, 1).cpu()
         return decode
 
 
 class WanText:
-    """Wan's text encoder: prompts -> features (B, length, D), zero after a prompt's last token. The weights rest on the CPU;
-    with `device` a GPU they visit it for each call."""
+    """Wan's text encoder: prompts -> features (B, length, D), zero after a prompt's last token. The
+    weights rest on the CPU; with `device` a GPU they visit it for each call."""
 
     def __init__(self, base, device="cpu", length: int = 512):
         transformers = extra("transformers")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(part_of(base, "tokenizer"))
         # bf16 on a GPU, as the network: 11 GB in place of 23.
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        self.encoder = transformers.UMT5EncoderModel.from_pretrained(part_of(base, "text_encoder"), dtype=dtype)
-        self.encoder.eval().requires_grad_(False)
+        self.encoder = transformers.UMT5EncoderModel.from_pretrained(
+            part_of(base, "text_encoder"), dtype=dtype).eval().requires_grad_(False)
         self.device, self.length = device, length
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
         ftfy = extra("ftfy")
-        clean = [" ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split()) for caption in captions]
-        tokens = self.tokenizer(clean, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt",
-                                return_attention_mask=True)
+        clean = [" ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
+                 for caption in captions]
+        tokens = self.tokenizer(clean, padding="max_length", max_length=self.length,
+                                truncation=True, return_tensors="pt", return_attention_mask=True)
         encoder = self.encoder.to(self.device)
         with torch.no_grad():
-            out = encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)).last_hidden_state
+            out = encoder(tokens.input_ids.to(self.device),
+                          tokens.attention_mask.to(self.device)).last_hidden_state
         if torch.device(self.device).type != "cpu":
             self.encoder.to("cpu")                               # the network needs the room more
         return (out.float().cpu() * tokens.attention_mask[..., None])
 
 
 class WanPicture:
-    """Wan2.1-I2V's image encoder: a picture (3, H, W) uint8 -> CLIP's features before its last layer, (1, 257, 1280). The
-    weights rest on the CPU, as those of `WanText`. Raises ValueError for a folder without one."""
+    """Wan2.1-I2V's image encoder: a picture (3, H, W) uint8 -> CLIP's features before its last
+    layer, (1, 257, 1280). The weights rest on the CPU. ValueError for a folder without one."""
 
     def __init__(self, base, device="cpu"):
-        transformers = extra("transformers")
-        self.processor = transformers.CLIPImageProcessor.from_pretrained(part_of(base, "image_processor"))
-        self.encoder = transformers.CLIPVisionModel.from_pretrained(part_of(base, "image_encoder")).eval().requires_grad_(False)
-        self.device = device
+        transformers, self.device = extra("transformers"), device
+        self.processor = transformers.CLIPImageProcessor.from_pretrained(
+            part_of(base, "image_processor"))
+        self.encoder = transformers.CLIPVisionModel.from_pretrained(
+            part_of(base, "image_encoder")).eval().requires_grad_(False)
 
     def __call__(self, picture: torch.Tensor) -> torch.Tensor:
-        pixels = self.processor(images=picture.permute(1, 2, 0).numpy(), return_tensors="pt").pixel_values
+        image = picture.permute(1, 2, 0).numpy()
+        pixels = self.processor(images=image, return_tensors="pt").pixel_values
         encoder = self.encoder.to(self.device)
-        features = encoder(pixels.to(self.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
+        layers = encoder(pixels.to(self.device, encoder.dtype), output_hidden_states=True)
         if torch.device(self.device).type != "cpu":
             self.encoder.to("cpu")
-        return features.float().cpu()
+        return layers.hidden_states[-2].float().cpu()

@@ -81,7 +81,9 @@ def change_between(then: dict, now: dict) -> str:
 def built_on(c: Config) -> dict[str, str]:
     """Checksums of the weights that a stage is built on, by stage, or by file name of --base."""
     files = {name: Path(c.run_dir) / name / "model.safetensors" for name in needed_stages(c)}
-    if c.base:
+    if (Path(c.base) / "model.safetensors").exists():
+        files[c.base] = Path(c.base) / "model.safetensors"
+    elif c.base:
         files = {file.name: file for file in wan.weight_files(Path(c.base))}
     return {name: data.checksum(file) for name, file in files.items()}
 

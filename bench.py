@@ -1,14 +1,14 @@
 """Speed and memory:
 
-    python bench.py write      cost of appending a finished chunk to the cache of a long video
-    python bench.py plan --preset wan-14b --gpus 8       memory a GPU and traffic an update,
-                               simulated: nothing is allocated
-    python bench.py check      the simulation against the measured memory of small networks
+    python bench.py write    cost of appending a finished chunk to the cache of a long video
+    python bench.py plan --preset wan-14b --gpus 8
+                             memory a GPU and traffic an update, simulated: nothing is allocated
+    python bench.py check    the simulation against the measured memory of small networks
 
 `write`: the attention of a compressed chunk to all compressed chunks before it grows with the video;
 --window bounds it. `plan`: train.update on networks of networks.build, with a batch of the largest
-kind (longest clip, deepest rollout), on fake tensors under a process group that pretends, followed by torch's own memory tracker. Activation memory is that of the CPU's attention kernel,
-which keeps what the GPU's keeps: queries, keys, values, output, and a number a query.
+kind (longest clip, deepest rollout), on fake tensors under a process group that pretends, followed
+by torch's own memory tracker. Activation memory is that of the CPU's attention kernel, which keeps what the GPU's keeps: queries, keys, values, output, and a number a query.
 """
 import os
 import subprocess
@@ -92,12 +92,15 @@ def constant_batch(case: Case) -> updates.Batch:
     c, chunks = case.c, chunks_of(case.c, case.shape[0])
     start = sum(chunks[:-(c.full_chunks or len(chunks))])
     x, text = torch.randn(1, *case.shape), torch.randn(1, case.tokens, case.config.text_dim)
-    n = torch.randn(1, *case.shape)[:, start:]
+    n = torch.randn(1, *case.shape)
     t, r, kept = torch.tensor([0.75]), torch.tensor([0.25]), torch.zeros(1, dtype=torch.bool)
-    batch = updates.Batch(x, n, text, text, kept, {}, chunks, start, t, r, (0, 0, 1), some_gap=True)
+    batch = updates.Batch(x, n[:, start:], text, text, kept, {}, chunks, start, t, r, (0, 0, 1),
+                          some_gap=True)
+    if c.stage == "flowmap" and c.bidirectional_fraction:
+        batch.whole_t, batch.whole_noise = t, n
     if c.stage == "distill":
-        grid = flowmap.time_grid(4, c.shift)
-        batch.rollout = updates.Rollout(grid, 1, n, [[n[:, :frames]] * 3 for frames in chunks])
+        renoise = [n[:, :frames] for frames in chunks for _ in range(3)]
+        batch.rollout = updates.Rollout(flowmap.time_grid(4, c.shift), 1, n, renoise)
         batch.tau, batch.tau_noise, batch.fake_t, batch.fake_noise = t, n, t, n
     return batch
 

@@ -26,19 +26,20 @@ class Config:
     data: str = flag("shapes", "toy set 'shapes', 'loop' (shapes that come back in) or 'digits', a "
                      "folder of mp4/gif clips with captions, or a folder of shards")
     run_dir: str = flag("", "folder of the run; stages are folders in it (default "
-                        "runs/PRESET-DATA, or runs/PRESET-DATA-causal)")
+                        "runs/PRESET-DATA)")
     frames: int = flag(8, "frames of a clip")
     size: int = flag(16, "height and width of a clip in pixels")
     seed: int = flag(0, "seed of weights, data order, noise and times")
-    base: str = flag("", "pretrain: weights to start from, a finished stage or Wan2.1 (see "
-                     "wan.py), or none for fresh ones; flowmap: flow-map weights to go on with, such as "
-                     "AnyFlow's, in place of stage pretrain (default none; pretrain with --causal "
-                     "and the toy preset runs/toy-DATA/pretrain)")
+    base: str = flag("", "weights to start from, a finished stage or Wan2.1 (see wan.py): of "
+                     "pretrain in place of fresh ones; of flowmap in place of stage pretrain, a "
+                     "teacher, or a flow map such as AnyFlow's to go on with (default none)")
     fresh: bool = flag(False, "delete what this stage has saved and start anew, not resume")
     # --- chunk by chunk
-    causal: bool = flag(False, "generate chunk by chunk, each one seeing the clean ones before it")
-    chunks: str = flag("1,1,1,1", "causal: latent frames of each chunk; the toy codec makes one of "
-                       "two pixel frames")
+    causal: bool = flag(False, "flowmap, distill: a student that generates chunk by chunk, each "
+                        "one seeing the clean ones before it; it starts from the same "
+                        "bidirectional teacher, in folders causal-flowmap and causal-distill")
+    chunks: str = flag("", "causal: latent frames of each chunk; the toy codec makes one of two "
+                       "pixel frames (default one each, and 1,3,3,3,3,3,3,2 for Wan)")
     full_chunks: int = flag(3, "causal: how many chunks are full, the newest included; older ones "
                             "are compressed. 0: all")
     # --- how it is computed
@@ -86,13 +87,15 @@ class Config:
     flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
     consistency_fraction: float = flag(0.25, "fraction with r = 0; 1 - flow fraction makes a "
                                        "consistency model")
+    bidirectional_fraction: float = flag(0.0, "causal flowmap: fraction of updates that add flow "
+                                         "matching on the whole clip as one chunk")
     # --- distill
     rollout: str = flag("flow-map", "backward simulation of distill",
                         choices=tuple(backward_sim.SIMULATIONS))
     budgets: str = flag("2,4,8,16,50", "step counts N of a rollout; one is drawn an update")
     real_guidance: float = flag(2.0, "guidance scale of the teacher in DMD: 4 for the paper's "
-                                "'cond + 3 (cond - uncond)'. With the scale fused into the flow map, "
-                                "small and large steps aim at the same clips")
+                                "'cond + 3 (cond - uncond)'. With the scale that is fused into the "
+                                "flow map, small and large steps aim at the same clips")
     cotrain: float = flag(1.0, "factor of the forward flow-map loss in distill; it keeps the "
                           "any-step map alive")
     fake_lr: float = flag(1e-3, "peak learning rate of the fake score")
@@ -106,27 +109,35 @@ class Config:
 
 
 # A later stage takes these over from the stage before it, unless a flag says otherwise.
-INHERITED = ("preset", "data", "frames", "size", "shift", "causal", "chunks", "full_chunks",
-             "lora_rank", "lora_alpha")
+OF_THE_RUN = ("preset", "data", "frames", "size", "seed", "shift", "guidance", "text_drop",
+              "lora_rank", "lora_alpha", "bf16")
+# Distill co-trains with the forward loss of flowmap, on the same chunks.
+OF_THE_FLOW_MAP = ("chunks", "full_chunks", "epsilon", "derivative", "time_weight",
+                   "weight_before_balance", "flow_fraction", "consistency_fraction")
+INHERITED = {"pretrain": OF_THE_RUN, "flowmap": OF_THE_RUN + OF_THE_FLOW_MAP}
 # These may change when a run is resumed.
 CHANGEABLE = ("steps", "run_dir", "micro_batch", "device", "checkpointing", "shard", "compile",
               "fresh", "save_every", "log_every", "max_skips")
 
 # The released recipe, for Wan2.1.
-COMMON = dict(bf16=True, checkpointing=True, lora_rank=256, micro_batch=1, save_every=20)
+COMMON = dict(bf16=True, checkpointing=True, lora_rank=256, micro_batch=1, save_every=20,
+              guidance=3.0)
 FORWARD = dict(COMMON, steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000)
 WAN = {
     "pretrain": FORWARD,
-    "flowmap": dict(FORWARD, guidance=3.0),
+    "flowmap": FORWARD,
     "distill": dict(COMMON, steps=1000, lr=2e-6, fake_lr=2e-6, warmup=0, beta1=0.0, beta2=0.999,
-                    ema_start=200, guidance=3.0, real_guidance=4.0),
+                    ema_start=200, real_guidance=4.0),
 }
 WAN_14B = {
     "pretrain": WAN["pretrain"] | dict(batch_size=16, steps=4000),
     "flowmap": WAN["flowmap"] | dict(batch_size=16, steps=4000),
     "distill": WAN["distill"] | dict(batch_size=16),
 }
-WAN_CAUSAL = {stage: dict(chunks="1,3,3,3,3,3,3,2") for stage in STAGES}
+WAN_CAUSAL = {
+    "flowmap": dict(chunks="1,3,3,3,3,3,3,2", bidirectional_fraction=0.1),
+    "distill": dict(chunks="1,3,3,3,3,3,3,2"),
+}
 
 # What differs from the defaults, by preset and stage. LOG.md says why where it was measured.
 RECIPES = {
@@ -151,8 +162,7 @@ CAUSAL_RECIPES = {
     "wan-1.3b": WAN_CAUSAL,
     "wan-5b": WAN_CAUSAL,
     "wan-14b": WAN_CAUSAL,
-    "toy": {  # starts from the bidirectional teacher
-        "pretrain": dict(base="runs/toy-{data}/pretrain", steps=1500, lr=1e-3, lr_end=0.1),
+    "toy": {
         "flowmap": dict(steps=1500),
         "distill": dict(steps=120, real_guidance=1.5),
     },
@@ -170,6 +180,17 @@ def stage_before(stage: str) -> str:
     return {"flowmap": "pretrain", "distill": "flowmap"}.get(stage, "")
 
 
+def folder_of(stage: str, causal: bool) -> str:
+    """The folder of a stage in the run's. One teacher serves both forms of the student."""
+    return f"causal-{stage}" if causal and stage != "pretrain" else stage
+
+
+def command(stage: str, causal: bool, run_dir) -> str:
+    """The command that trains a stage, or goes on with it."""
+    form = "--causal " if causal and stage != "pretrain" else ""
+    return f"python train.py {form}--stage {stage} --run-dir {run_dir}"
+
+
 def default_text(field) -> str:
     toy = RECIPES["toy"]
     if any(field.name in toy[stage] for stage in STAGES):
@@ -185,28 +206,28 @@ def parse_config(argv=None) -> Config:
     given = vars(parser.parse(argv))
     stage = given.get("stage", Config.stage)
     given["run_dir"] = given.get("run_dir") or default_run(given)
-    values = taken_over(Path(given["run_dir"]), stage, given.get("fresh", False)) | given
-    preset, causal = values.get("preset", Config.preset), values.get("causal", False)
-    c = Config(**recipe(preset, stage, causal) | values)
-    c.base = "" if c.base == "none" else c.base.format(data=Path(c.data).name)
+    causal = given.get("causal", False)
+    values = taken_over(Path(given["run_dir"]), stage, causal, given.get("fresh", False)) | given
+    c = Config(**recipe(values.get("preset", Config.preset), stage, causal) | values)
+    c.base = "" if c.base == "none" else c.base
     check(c, given, parser)
     c.lora_alpha = c.lora_alpha or float(c.lora_rank)
     return c
 
 
 def default_run(given: dict) -> str:
-    data, causal = Path(given.get("data", Config.data)).name, given.get("causal", False)
-    return f"runs/{given.get('preset', Config.preset)}-{data}{'-causal' if causal else ''}"
+    return f"runs/{given.get('preset', Config.preset)}-{Path(given.get('data', Config.data)).name}"
 
 
-def taken_over(run: Path, stage: str, fresh: bool) -> dict:
+def taken_over(run: Path, stage: str, causal: bool, fresh: bool) -> dict:
     """Settings of the stage, if it was begun; else those that the stage before hands on."""
     own = [field.name for field in fields(Config) if field.name != "fresh"]
-    places = [] if fresh else [(stage, own)]
-    places += [(stage_before(stage), INHERITED)]
-    for name, names in places:
-        file = run / name / "config.json"
-        if name and file.exists():
+    before = stage_before(stage)
+    places = [] if fresh else [(folder_of(stage, causal), own)]
+    places += [(folder_of(before, causal), INHERITED[before])] if before else []
+    for folder, names in places:
+        file = run / folder / "config.json"
+        if file.exists():
             record = json.loads(file.read_text())["config"]
             return {name: record[name] for name in names if name in record}
     return {}
@@ -217,7 +238,7 @@ AT_LEAST_0 = ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup",
               "weight_decay")
 ABOVE_0 = ("lr", "shift", "guidance", "real_guidance", "epsilon", "clip", "fake_lr")
 FRACTIONS = ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction",
-             "consistency_fraction")
+             "consistency_fraction", "bidirectional_fraction")
 
 
 def check(c: Config, given: dict, parser) -> None:
@@ -233,14 +254,17 @@ def check(c: Config, given: dict, parser) -> None:
          "lie in [0, 1000000); higher ones are for clips that eval.py holds back")
     need(["epsilon"], lambda value: value <= 0.5, "be at most 0.5, the half width of all times")
     need(AT_LEAST_0, lambda value: value >= 0, "be at least 0")
-    for name in ("chunks", "full_chunks"):
+    for name in ("chunks", "full_chunks", "bidirectional_fraction"):
         if name in given and not c.causal:
             parser.error(f"{flag_name(name)} is for --causal: a bidirectional clip is one chunk")
+    if c.causal and c.stage == "pretrain":
+        parser.error("--causal is for stages flowmap and distill: they start from the teacher of "
+                     "whole clips; leave it out of stage pretrain")
     if c.flow_fraction + c.consistency_fraction > 1:
         parser.error("--flow-fraction and --consistency-fraction: together at most 1")
     for name in ("budgets", "chunks"):
         try:
-            cli.positive_ints(getattr(c, name))
+            cli.positive_ints(getattr(c, name) or "1")
         except cli.argparse.ArgumentTypeError as error:
             parser.error(f"--{name} {error}")
     if c.lora_rank and c.stage == "pretrain" and not c.base:
@@ -259,6 +283,8 @@ def chunks_of(c: Config, frames: int) -> tuple[int, ...]:
     ValueError for chunks of another length."""
     if not c.causal:
         return (frames,)
+    if not c.chunks:
+        return (1,) * frames
     chunks = tuple(cli.positive_ints(c.chunks))
     if sum(chunks) != frames:
         raise ValueError(f"--chunks {c.chunks}: add up to {sum(chunks)}, but clips have {frames} "

@@ -20,6 +20,10 @@ from torch import nn
 TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "ffn.up", "ffn.down",
            "time_embed.up", "time_embed.down", "r_embed.up", "r_embed.down")
 REPLACED = ("far_patch_embed",)
+# What teacher and fake score leave as it is: they know one time, and whole clips.
+SCORE = ("r_embed", "far_patch_embed")
+# An adapter of this name is part of the base: frozen, and added in every call (model.Linear).
+BELOW = "below"
 
 
 class LowRank(nn.Module):
@@ -36,14 +40,16 @@ class LowRank(nn.Module):
         return self.scale * F.linear(x, self.up.to(x.dtype))
 
 
-def add_adapter(network: nn.Module, name: str, rank: int, alpha: float) -> None:
-    """Give a FlowMapDiT an adapter, its tensors uninitialised. Raises ValueError for a name that is
-    taken or a rank below 1."""
+def add_adapter(network: nn.Module, name: str, rank: int, alpha: float, without=()) -> None:
+    """Give a FlowMapDiT an adapter, its tensors uninitialised. without: parts that it leaves as
+    they are, see SCORE. Raises ValueError for a name that is taken or a rank below 1."""
     if rank < 1:
         raise ValueError(f"an adapter of rank {rank}: must be at least 1")
     if any(f".adapters.{name}." in key for key, _ in network.named_parameters()):
         raise ValueError(f"there is an adapter {name!r} already")
     for path, module in list(network.named_modules()):
+        if path.startswith(tuple(without)):
+            continue
         if path.endswith(TARGETS):
             dims = module.in_features, module.out_features
             module.adapters[name] = LowRank(*dims, rank, alpha / rank)

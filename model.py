@@ -124,8 +124,8 @@ def layer_norm(x: torch.Tensor, weight=None, bias=None, eps: float = 1e-6) -> to
 
 
 class Linear(nn.Linear):
-    """A Linear that multiplies in the type of its input, and may carry low-rank adapters (lora.py),
-    of which a call names the one to add."""
+    """A Linear that multiplies in the type of its input, and may carry low-rank adapters (lora.py):
+    that of the base, if any, and the one that a call names are added."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__(dim_in, dim_out)
@@ -133,7 +133,10 @@ class Linear(nn.Linear):
 
     def forward(self, x, adapter: str = ""):
         y = nnf.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-        return y + self.adapters[adapter](x) if adapter in self.adapters else y
+        for name in ("below", adapter):
+            if name in self.adapters:
+                y = y + self.adapters[name](x)
+        return y
 
 
 def join(parts: list, dim: int) -> torch.Tensor:
@@ -303,8 +306,9 @@ class PatchEmbed(nn.Module):
         self.adapters = nn.ModuleDict()
 
     def forward(self, z, adapter: str = ""):
-        if adapter in self.adapters:
-            return self.adapters[adapter](z)
+        for name in (adapter, "below"):
+            if name in self.adapters:
+                return self.adapters[name](z)
         P = self.patch
         z = z.unflatten(4, (-1, P)).unflatten(3, (-1, P))                    # (B, F, C, h, P, w, P)
         z = z.permute(0, 1, 3, 5, 2, 4, 6)                                   # (B, F, h, w, C, P, P)
@@ -436,7 +440,9 @@ class FlowMapDiT(nn.Module):
         """e (B, F or 1, D), the mixed embedding of both times."""
         c, dtype = self.config, self.stream_type()
         e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype), adapter)
-        if c.second_time:
+        # An adapter that leaves the second embedder as it is is that of a network of one time.
+        one_time = adapter and adapter not in self.r_embed.up.adapters if c.second_time else True
+        if not one_time:
             e_r = self.r_embed(time_features(r, c.freq_dim, c.time_scale).to(dtype), adapter)
             e = (1 - c.gate) * e + c.gate * e_r
         return e

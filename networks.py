@@ -1,7 +1,8 @@
 """The networks of a stage: which weights it starts from, and how they are laid over the processes.
 
 A network is made on the meta device, sharded, given memory and then filled tensor by tensor, so
-that no rank ever holds the whole of it. With adapters, all networks of a stage share one frozen base.
+that no rank ever holds the whole of it. With adapters, all networks of a stage share one frozen
+base.
 """
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,9 +13,10 @@ import torch
 import checkpoint
 import distributed
 import lora
+import runs
 import wan
 from checkpoint import Tensors
-from config import Config, stage_before
+from config import Config, command
 from model import PRESETS, FlowMapDiT, ModelConfig
 
 
@@ -25,28 +27,35 @@ class Weights:
     student: tuple                   # with adapters, of the base that all share
     scores: tuple = ()               # of teacher and fake score, without adapters
     adapters: dict = field(default_factory=dict)     # by name; tensors None: a fresh one
+    below: dict | None = None        # of a base that is an adapter stage: its adapter, kept apart
 
 
 def names_of(c: Config) -> list[str]:
     return ["student", "teacher", "fake"] if c.stage == "distill" else ["student"]
 
 
-def build(c: Config, config: ModelConfig, world) -> dict:
-    """The networks of a stage by name, sharded, on the meta device. config: of the student."""
-    names, plain = names_of(c), replace(config, second_time=False)
+def build(c: Config, config: ModelConfig, world, below: dict | None = None) -> dict:
+    """The networks of a stage by name, sharded, on the meta device. config: of the student; below:
+    see Weights."""
+    names, score = names_of(c), replace(config, second_time=False, compressed=False)
     if not c.lora_rank:
-        return {name: lay_out(c, config if name == "student" else plain, world) for name in names}
-    base = lay_out(c, config, world, adapters=names)
+        return {name: lay_out(c, config if name == "student" else score, world) for name in names}
+    base = lay_out(c, config, world, names, below)
     return {name: lora.Adapted(base, name) for name in names}
 
 
-def lay_out(c: Config, config: ModelConfig, world, adapters=()) -> torch.nn.Module:
+def lay_out(c: Config, config: ModelConfig, world, adapters=(), below=None) -> torch.nn.Module:
     with torch.device("meta"):
         network = FlowMapDiT(config)
         if adapters:                                 # frozen weights need no fp32 master
             network.requires_grad_(False).to(torch.bfloat16 if c.bf16 else torch.float32)
         for name in adapters:
-            lora.add_adapter(network, name, c.lora_rank, c.lora_alpha)
+            without = () if name == "student" else lora.SCORE
+            lora.add_adapter(network, name, c.lora_rank, c.lora_alpha, without)
+        if below:
+            without = () if "far_patch_embed.weight" in below["tensors"] else lora.REPLACED
+            lora.add_adapter(network, lora.BELOW, below["rank"], below["alpha"], without)
+            lora.Adapted(network, lora.BELOW).requires_grad_(False)
     for block in network.blocks:
         block.checkpointing = c.checkpointing
         if c.compile:    # called with many adapters and pasts, and with and without gradient
@@ -71,11 +80,16 @@ def fill(nets: dict, weights: Weights, c: Config, world) -> None:
         for name in names_of(c)[1:]:
             checkpoint.load_weights(nets[name], *weights.scores)
         return
-    checkpoint.load_weights(nets["student"].network, state, origin)
+    base = nets["student"].network
+    checkpoint.load_weights(base, state, origin)
+    if weights.below:
+        checkpoint.load_weights(lora.Adapted(base, lora.BELOW), weights.below["tensors"], origin)
     for name, (tensors, source) in weights.adapters.items():
         if tensors is None:
             seeds = partial(distributed.generator, c.seed, "init")
             tensors = Tensors(lora.fresh_adapter(nets[name], state, seeds))
+        elif name == "student":
+            tensors = wan.complete(tensors, weights.config, state)
         checkpoint.load_weights(nets[name], tensors, source)
 
 
@@ -98,46 +112,62 @@ def student_config(c: Config, config: ModelConfig) -> ModelConfig:
 
 def find_weights(c: Config) -> Weights:
     """The weights that a stage starts from. Raises ValueError for those that do not fit."""
-    run, compressed = Path(c.run_dir), c.causal and c.full_chunks > 0
-    before = "" if c.base else stage_before(c.stage)
-    origin, adapters = str(run / before) if before else c.base, {}
-    if not origin:
+    origins = runs.origins(c)
+    if not origins:
         config = student_config(c, PRESETS[c.preset])
         fresh = FlowMapDiT(config).init_weights(distributed.generator(c.seed, "init"))
         return Weights(config, (fresh.state_dict(), "fresh weights"))
+    student, adapters = origins["student"], {}
     if c.lora_rank:
-        adapter = checkpoint.load_model(origin)[2] if before else None
-        base = adapter["base"] if adapter else origin
-        if not Path(base).exists():
-            raise ValueError(f"{origin} adapts the weights {base}, which are not there: put them "
-                             "there again, or run where they are")
-        student = adapter_of(c, origin, base) if before else (None, origin)
-        teacher = adapter_of(c, run / "pretrain", base) if c.stage == "distill" else None
-        adapters = {name: student if name == "student" else teacher for name in names_of(c)}
-        origin = base
-    if c.stage == "pretrain" and wan.load(origin)[0].second_time:
-        raise ValueError(f"--base {origin} is a flow map already, and a teacher knows one time "
-                         f"only: go on with it by --stage flowmap --base {origin}, or give "
+        student, adapters = find_adapters(c, origins)
+    flow_map = c.stage != "pretrain"
+    if not flow_map and wan.load(student)[0].second_time:
+        raise ValueError(f"--base {student} is a flow map already, and a teacher knows one time "
+                         f"only: go on with it by --stage flowmap --base {student}, or give "
                          "flow-matching weights")
-    config, state = wan.load(origin, second_time=c.stage != "pretrain", compressed=compressed)
+    config, state, below = wan.load_apart(student)
+    if below and not c.lora_rank:
+        (config, state), below = wan.load(student), None
+    config, state = wan.as_asked(config, state, flow_map, c.causal and c.full_chunks > 0)
+    if below and flow_map and "r_embed.up.down" not in below["tensors"]:
+        below["tensors"] = wan.as_flow_map(below["tensors"])
     scores = ()
     if c.stage == "distill" and not c.lora_rank:
-        plain = wan.load(run / "pretrain", second_time=False, compressed=compressed)
-        scores = (plain[1], run / "pretrain")
-    return Weights(config, (state, origin), scores, adapters)
+        teacher = origins["teacher"]
+        if wan.load(teacher)[0].second_time:
+            raise ValueError(f"stage distill needs stage pretrain, a teacher: {teacher} is a flow "
+                             f"map. First run: {command('pretrain', False, c.run_dir)}")
+        scores = (wan.load(teacher, second_time=False, compressed=False)[1], teacher)
+    return Weights(config, (state, student), scores, adapters, below)
+
+
+def find_adapters(c: Config, origins: dict) -> tuple[str, dict]:
+    """The weights that the stage adapts, and the adapters it starts from: those of the stages
+    before, or fresh ones (tensors None)."""
+    place = origins["student"]
+    own = None if c.base else checkpoint.load_model(place)[2]
+    base = own["base"] if own else place
+    if not Path(base).exists():
+        raise ValueError(f"{place} adapts the weights {base}, which are not there: put them there "
+                         "again, or run where they are")
+    adapters = {"student": (None, place) if c.base else adapter_of(c, place, base)}
+    if c.stage == "distill":
+        teacher = adapter_of(c, origins["teacher"], base)
+        adapters |= {"teacher": teacher, "fake": teacher}
+    return base, adapters
 
 
 def adapter_of(c: Config, stage, base: str) -> tuple:
     """The adapter of `base` that a stage ended with, and where it is from; (None, ...) if it ended
     with `base` itself."""
-    config, tensors, adapter = checkpoint.load_model(stage)
+    if Path(stage).resolve() == Path(base).resolve():
+        return None, stage
+    tensors, adapter = checkpoint.load_model(stage)[1:]
     if adapter and (adapter["rank"], adapter["alpha"]) != (c.lora_rank, c.lora_alpha):
         raise ValueError(f"{stage} ended with an adapter of rank {adapter['rank']} and alpha "
                          f"{adapter['alpha']:g}, not --lora-rank {c.lora_rank} --lora-alpha "
                          f"{c.lora_alpha:g}: leave them out, or train anew from stage pretrain")
-    if Path(adapter["base"] if adapter else stage).resolve() != Path(base).resolve():
+    if not adapter or Path(adapter["base"]).resolve() != Path(base).resolve():
         raise ValueError(f"{stage} is not an adapter of {base}, which this stage adapts: train all "
                          "weights with --lora-rank 0")
-    if not adapter:
-        return None, stage
-    return (tensors if config.second_time else wan.as_flow_map(tensors)), stage
+    return tensors, stage

@@ -16,33 +16,44 @@ import data
 import distributed
 import encoders
 import wan
-from config import CHANGEABLE, STAGES, Config, chunks_of, stage_before
+from config import CHANGEABLE, Config, chunks_of, command, folder_of, stage_before
 from model import PRESETS
 
 CODEC = "codec.safetensors"
 
 
-def origin_of(c: Config) -> str:
-    """The folder or file of weights that a stage starts from; '' for fresh ones."""
-    before = stage_before(c.stage)
-    return c.base or (str(Path(c.run_dir) / before) if before else "")
+def stage_folder(c: Config) -> Path:
+    return Path(c.run_dir) / folder_of(c.stage, c.causal)
 
 
-def needed_stages(c: Config) -> tuple:
-    return () if c.base else STAGES[:STAGES.index(c.stage)]
+def origins(c: Config) -> dict[str, str]:
+    """Where the networks of a stage start from, files or folders: the "teacher", from which the
+    fake score starts too, in distill; the "student", if not from fresh weights."""
+    run, before = Path(c.run_dir), stage_before(c.stage)
+    student = c.base or (str(run / folder_of(before, c.causal)) if before else "")
+    teacher = str(run / "pretrain")
+    if c.stage == "distill" and not finished(teacher):
+        # Stage flowmap may have had weights in place of stage pretrain.
+        teacher = read_record(Path(student)).get("config", {}).get("base") or teacher
+    found = {"teacher": teacher if c.stage == "distill" else "", "student": student}
+    return {role: place for role, place in found.items() if place}
+
+
+def finished(stage) -> bool:
+    return (Path(stage) / "model.safetensors").exists()
 
 
 def check_start(c: Config, world) -> bool:
     """Whether the stage starts anew. Raises ValueError when it cannot start or go on."""
-    run = Path(c.run_dir)
-    stage = run / c.stage
-    for name in needed_stages(c):
-        if not (run / name / "model.safetensors").exists():
-            raise ValueError(f"stage {c.stage} needs stage {name}, which is not finished in {run}. "
-                             f"First run: python train.py --stage {name} --run-dir {run}")
+    stage = stage_folder(c)
     if c.base and not Path(c.base).exists():
         raise ValueError(f"--base {c.base}: not there. First run: python train.py --stage pretrain "
                          f"--data {c.data} (or start from fresh weights with --base none)")
+    for place in map(Path, origins(c).values()):
+        if place.parent == Path(c.run_dir) and not finished(place):
+            name = place.name.removeprefix("causal-")
+            raise ValueError(f"stage {c.stage} needs stage {name}, which is not finished in "
+                             f"{c.run_dir}. First run: {command(name, c.causal, c.run_dir)}")
     per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
     if c.batch_size % per_step:
         raise ValueError(f"--batch-size {c.batch_size} is not a multiple of {per_step}: "
@@ -57,10 +68,10 @@ def check_start(c: Config, world) -> bool:
         if change := change_between(begun["config"], dataclasses.asdict(c)):
             raise ValueError(f"{stage} was started with {change}: use --fresh to start it anew, or "
                              "another --run-dir")
-        for weights, checksum in distributed.on_main(lambda: built_on(c), world).items():
-            if begun.get("built_on", {}).get(weights, checksum) != checksum:
-                raise ValueError(f"{stage} was started on weights {weights} that have changed "
-                                 "since: use --fresh to start this stage anew, too")
+        for role, checksum in distributed.on_main(lambda: built_on(c), world).items():
+            if begun.get("built_on", {}).get(role, checksum) != checksum:
+                raise ValueError(f"{stage} was started on other weights than {origins(c)[role]} "
+                                 "holds now: use --fresh to start this stage anew, too")
     return fresh
 
 
@@ -79,13 +90,13 @@ def change_between(then: dict, now: dict) -> str:
 
 
 def built_on(c: Config) -> dict[str, str]:
-    """Checksums of the weights that a stage is built on, by stage, or by file name of --base."""
-    files = {name: Path(c.run_dir) / name / "model.safetensors" for name in needed_stages(c)}
-    if (Path(c.base) / "model.safetensors").exists():
-        files[c.base] = Path(c.base) / "model.safetensors"
-    elif c.base:
-        files = {file.name: file for file in wan.weight_files(Path(c.base))}
-    return {name: data.checksum(file) for name, file in files.items()}
+    """Checksums of the weights that a stage starts from, by role."""
+    found = {}
+    for role, place in origins(c).items():
+        stage = Path(place) / "model.safetensors"
+        files = [stage] if stage.exists() else wan.weight_files(Path(place))
+        found[role] = " ".join(data.checksum(file) for file in files)
+    return found
 
 
 def open_source(c: Config, fresh: bool):
@@ -95,8 +106,8 @@ def open_source(c: Config, fresh: bool):
         source = data.open_data(c.data, c.frames, c.size)
         if isinstance(source, data.Shards):
             return source
-        places = [Path(origin_of(c) or "none") / CODEC]
-        places += [] if fresh else [Path(c.run_dir) / c.stage / CODEC]
+        places = [Path(origins(c).get("student", "none")) / CODEC]
+        places += [] if fresh else [stage_folder(c) / CODEC]
         found = [place for place in places if place.exists()]
         if found:
             codec = encoders.PatchPCA.from_state(load_file(found[-1]))
@@ -127,7 +138,7 @@ def fit_to(source, config, origin: str, c: Config) -> None:
 
 def prepare(c: Config, source, fresh: bool, world) -> None:
     """Make the stage's folder, with the codec in it, which all ranks then use."""
-    stage = Path(c.run_dir) / c.stage
+    stage = stage_folder(c)
     own_codec = not isinstance(source, data.Shards)
     if world.is_main:
         if fresh:
@@ -144,7 +155,7 @@ def prepare(c: Config, source, fresh: bool, world) -> None:
 
 def record(c: Config, source, first: int) -> None:
     """Write config.json, and take rows out of log.jsonl of updates that are made again."""
-    stage = Path(c.run_dir) / c.stage
+    stage = stage_folder(c)
     settings = {} if isinstance(source, data.Shards) else {"vocabulary": source.words.vocabulary}
     settings |= {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
                  "latent_shape": source.latent_shape,

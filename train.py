@@ -5,9 +5,9 @@
     python train.py --stage distill       the flow map learns on its own samples (DMD)
     torchrun --nproc_per_node=8 train.py --stage distill
 
-With --causal the clip is made of chunks of frames, one after the other. A bidirectional clip is one
-chunk. `update` is an update of each stage; settings stand in config.py, losses in updates.py.
-Everything random is a pure function of (seed, stage, step, sample), so a killed run resumes bit for
+With --causal, in the last two, the clip is made of chunks of frames, one after the other; a
+bidirectional clip is one chunk. `update` is an update of each stage; settings stand in config.py,
+losses in updates.py. Everything random is a pure function of (seed, stage, step, sample), so a killed run resumes bit for
 bit and a global batch is the same however it is split.
 """
 import json
@@ -28,11 +28,11 @@ import meanflow
 import networks
 import runs
 import updates
-from config import Config, learning_rate, parse_config
+from config import Config, chunks_of, command, learning_rate, parse_config
 from flowmap import time_weight
 
 ROLES = ("err_flow", "err_consistency", "err_free")       # r = t, r = 0, another r < t
-LOGGED = {"pretrain": ("loss",), "flowmap": ("loss", *ROLES),
+LOGGED = {"pretrain": ("loss",), "flowmap": ("loss", *ROLES, "err_whole"),
           "distill": ("loss", *ROLES, "dmd", "dmd_gradient", "fake")}
 
 
@@ -49,14 +49,18 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
             log.add("loss", err)
             backward(err, student, last, c, world)
         if c.stage == "distill":
-            z_0 = updates.roll_out(student, batch, batch.rollout, c)
+            chunks = list(updates.roll_out(student, batch, batch.rollout, c, graph="last"))
+            z_0 = torch.cat([chunk.detach() for chunk in chunks], 1)
             gradient = updates.score_gradient(z_0, nets["teacher"], nets["fake"], batch, c)
-            loss = dmd.dmd_loss(z_0, gradient)
-            log.add("dmd", loss)
+            log.add("dmd", dmd.dmd_loss(z_0, gradient))
             log.add("dmd_gradient", gradient.flatten(1).norm(dim=1))
-            backward(loss, student, last and not c.cotrain, c, world)
-            rolled_out.append((drawn, z_0.detach()))
-            del z_0, gradient, loss                  # the graph's memory is needed
+            backward_chunks(chunks.pop(), z_0, gradient, batch, student, last and not c.cotrain,
+                            c, world)
+            rolled_out.append((drawn, z_0))
+        if batch.whole_t is not None:
+            err = updates.whole_clip_error(student, batch, c)
+            log.add("err_whole", err)
+            backward(err, student, False, c, world)
         if c.stage == "flowmap" or c.stage == "distill" and c.cotrain:
             err = updates.flow_map_error(student, batch, c)
             loss = balanced(err, batch, flow_errors, c, log)
@@ -70,14 +74,30 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
         for micro_step, (drawn, z_0) in enumerate(rolled_out):
             batch = drawn.to(world.device)
             if c.fake_rollout == "fresh":
-                with torch.no_grad():
-                    z_0 = updates.roll_out(student, batch, batch.fake_rollout, c)
+                chunks = updates.roll_out(student, batch, batch.fake_rollout, c)
+                z_0 = torch.cat(list(chunks), 1)
             err = updates.fake_score_error(nets["fake"], batch, z_0, c)
             log.add("fake", err)
             backward(err, nets["fake"], micro_step + 1 == micro_steps, c, world)
         fake_lr = learning_rate(c, step, c.fake_lr)
         norms["fake_grad_norm"] = optimizer_step(parts["fake"], fake_lr, c.clip)
     return norms
+
+
+def backward_chunks(last_chunk, z_0, gradient, batch, student, last: bool, c: Config, world):
+    """DMD's gradient to the student, chunk by chunk: what is cached carries none, so the chunks
+    before the last are made again, one graph at a time, from the same noise and the same past."""
+    first, frames = z_0.shape[1] - last_chunk.shape[1], z_0.shape[1]
+
+    def share(chunk, start: int) -> torch.Tensor:
+        part = gradient[:, start:start + chunk.shape[1]]
+        return dmd.dmd_loss(chunk, part) * (chunk.shape[1] / frames)
+    backward(share(last_chunk, first), student, last and first == 0, c, world)
+    again, end = updates.roll_out(student, batch, batch.rollout, c, graph="all", made=z_0), 0
+    while end < first:
+        chunk = next(again)
+        start, end = end, end + chunk.shape[1]
+        backward(share(chunk, start), student, last and end == first, c, world)
 
 
 def balanced(err, batch, flow_errors, c: Config, log) -> torch.Tensor:
@@ -124,13 +144,13 @@ def train(c: Config) -> Path:
 
 def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
     world = distributed.start(c.device)
-    stage, say = Path(c.run_dir) / c.stage, tqdm.write if world.is_main else lambda text: None
+    stage, say = runs.stage_folder(c), tqdm.write if world.is_main else lambda text: None
     fresh = runs.check_start(c, world)
     source = runs.open_source(c, fresh)
-    updates.chunks_of(c, source.latent_shape[0])
+    chunks_of(c, source.latent_shape[0])             # raises, before anything is loaded
     weights = networks.find_weights(c)
     runs.fit_to(source, weights.config, weights.student[1], c)
-    nets = networks.build(c, weights.config, world)
+    nets = networks.build(c, weights.config, world, weights.below)
     networks.fill(nets, weights, c, world)
     parts = networks.trainables(c, nets)
 
@@ -179,7 +199,7 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
             bar.close()
             say(f"stopped by a signal after update {step + 1} of {c.steps}, which is saved. To go "
                 "on (under torchrun with as many processes, or others that divide the batch):\n"
-                f"    python train.py --stage {c.stage} --run-dir {c.run_dir}")
+                f"    {command(c.stage, c.causal, c.run_dir)}")
             return stage
     bar.close()
     save_stage(c, stage, parts["student"].ema, weights, world)

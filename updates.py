@@ -20,21 +20,21 @@ from config import STAGES, Config, chunks_of
 
 @dataclass
 class Rollout:
-    """What a rollout of the student draws. N and k are the same on every rank."""
+    """What a rollout of the student draws. N and k are the same for all ranks and chunks."""
     grid: list                   # 1 = t_0 > ... > t_N = 0
     step: int                    # k, the step that flow-map simulation corrects
     z_1: torch.Tensor            # noise (B, F, C, H, W)
-    renoise: list                # for each chunk, what the consistency simulation adds at each step
+    renoise: list                # what consistency simulation adds, step by step, chunk by chunk
 
 
 @dataclass
 class Batch:
     """A micro-batch: a pure function of (seed, stage, step, slot), on the CPU until it is used.
 
-    Its clips are cut to `chunks`, of which the frames from `start` on are trained; a bidirectional
-    clip is one chunk, trained whole. What a stage does not need is None.
+    The forward loss takes a clip's first `chunks`, of which the frames from `start` on are trained;
+    a bidirectional clip is one chunk, trained whole. What a stage does not need is None.
     """
-    x: torch.Tensor              # latents (B, sum(chunks), C, H, W)
+    x: torch.Tensor              # latents of whole clips (B, F, C, H, W)
     n: torch.Tensor              # noise (B, frames that are trained, C, H, W)
     text: torch.Tensor           # prompts (B, T, text_dim)
     null_text: torch.Tensor      # empty prompts
@@ -46,17 +46,19 @@ class Batch:
     r: torch.Tensor
     roles: tuple                 # how many rows have r = t, then r = 0, then another r < t
     some_gap: bool               # whether any rank of this micro-step has a row with r < t
-    rollout: Rollout | None = None
-    tau: torch.Tensor | None = None          # level (B,) at which DMD scores, and its noise
-    tau_noise: torch.Tensor | None = None
+    whole_t: torch.Tensor | None = None      # causal flowmap, some updates: the clip as one chunk
+    whole_noise: torch.Tensor | None = None
+    rollout: Rollout | None = None           # distill
+    tau: torch.Tensor | None = None          # level (B,) at which DMD scores
+    tau_noise: torch.Tensor | None = None    # (B, F, C, H, W)
     fake_rollout: Rollout | None = None      # of --fake-rollout fresh
-    fake_t: torch.Tensor | None = None       # times (B,) of the fake score's loss, and its noise
+    fake_t: torch.Tensor | None = None       # times (B,) of the fake score's loss
     fake_noise: torch.Tensor | None = None
 
     def to(self, device) -> "Batch":
         """The same on a device; not the rollouts, whose noise is moved when it is used."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {n: v.to(device) for n, v in tensors.items() if isinstance(v, torch.Tensor)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {n: v.to(device) for n, v in values.items() if isinstance(v, torch.Tensor)}
         conditioning = {name: v.to(device) for name, v in self.conditioning.items()}
         return replace(self, **moved, conditioning=conditioning)
 
@@ -73,31 +75,21 @@ def micro_steps(c: Config, world) -> int:
 
 def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     """The samples of an update that this rank takes in a micro-step. source: what data.open_data
-    gives, behind its encoders.
-
-    Half of the updates take a clip's first full chunks, half a random number of chunks from there
-    up, the same on every rank; all but the last full ones are compressed context.
-    """
-    key = 10**7 * STAGES.index(c.stage) + step       # no stage draws what another drew
+    gives, behind its encoders."""
+    stage = STAGES.index(c.stage)
+    key = 10**7 * stage + step                       # no stage draws what another drew
     count = micro_batch(c, world)
     slots = distributed.slots(world, count, micro_step)
 
     def generator(purpose: str) -> torch.Generator:
         return distributed.generator(c.seed, key, purpose)
 
-    def noise(purpose: str, shape) -> torch.Tensor:
-        return distributed.noise(shape, c.seed, key, purpose, slots=slots)
+    def noise(purpose: str) -> torch.Tensor:
+        return distributed.noise(source.latent_shape, c.seed, key, purpose, slots=slots)
 
-    all_chunks = chunks_of(c, source.latent_shape[0])
-    full = c.full_chunks or len(all_chunks)
-    coin, share = torch.rand(2, generator=generator("chunks")).tolist()
-    extra = len(all_chunks) - full
-    longer = int(share * (extra + 1)) if extra > 0 and coin < 0.5 else 0
-    chunks = all_chunks[:full + longer]
-    start, stop = sum(chunks[:-full]), sum(chunks)
-
-    x, text, conditioning = source.draw((key * c.batch_size + slots).tolist(), seed=c.seed)
-    n = noise("noise", source.latent_shape)[:, start:stop]
+    chunks, start = draw_chunks(c, source.latent_shape[0], generator("chunks"))
+    clips = (step * c.batch_size + slots).tolist()
+    x, text, conditioning = source.draw(clips, seed=c.seed + stage * SEEDS_A_STAGE)
     dropped = torch.rand(c.batch_size, generator=generator("drop"))[slots] < c.text_drop
     if c.stage == "pretrain":
         t = flowmap.logit_normal_time(generator("time"), c.batch_size, c.shift)
@@ -106,21 +98,40 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
         t, r = flowmap.flow_map_times(generator("time"), c.batch_size, c.shift, c.flow_fraction,
                                       c.consistency_fraction)
     first = int(slots[0]) - world.rank               # the slots of all ranks in this micro-step
-    on_any_rank = slice(first, first + world.size * count)
-    batch = Batch(x[:, :stop], n, text, source.null_text.expand_as(text), dropped,
-                  {name: conditioning[name] for name in source.conditioning}, chunks, start,
-                  t[slots], r[slots], roles_of(t[slots], r[slots]),
-                  bool((r < t)[on_any_rank].any()))
+    gap = (r < t)[first:first + world.size * count]
+    batch = Batch(x, noise("noise")[:, start:sum(chunks)], text, source.null_text.expand_as(text),
+                  dropped, {name: conditioning[name] for name in source.conditioning}, chunks,
+                  start, t[slots], r[slots], roles_of(t[slots], r[slots]), bool(gap.any()))
+    if c.stage == "flowmap" and c.causal:
+        if torch.rand((), generator=generator("whole coin")) < c.bidirectional_fraction:
+            whole_t = flowmap.logit_normal_time(generator("whole"), c.batch_size, c.shift)
+            batch.whole_t, batch.whole_noise = whole_t[slots], noise("whole")
     if c.stage == "distill":
-        batch.rollout = draw_rollout(c, batch, key, slots)
-        batch.tau = flowmap.shift_time(
-            torch.rand(c.batch_size, generator=generator("tau"))[slots], c.shift)
-        batch.tau_noise = noise("dmd", n.shape[1:])
+        batch.rollout = draw_rollout(c, x.shape[1:], key, slots)
         if c.fake_rollout == "fresh":
-            batch.fake_rollout = draw_rollout(c, batch, -1 - key, slots)
-        batch.fake_t = flowmap.logit_normal_time(generator("fake"), c.batch_size, c.shift)[slots]
-        batch.fake_noise = noise("fake", n.shape[1:])
+            batch.fake_rollout = draw_rollout(c, x.shape[1:], -1 - key, slots)
+        tau = torch.rand(c.batch_size, generator=generator("tau"))
+        fake_t = flowmap.logit_normal_time(generator("fake"), c.batch_size, c.shift)
+        batch.tau, batch.tau_noise = flowmap.shift_time(tau[slots], c.shift), noise("dmd")
+        batch.fake_t, batch.fake_noise = fake_t[slots], noise("fake")
     return batch
+
+
+# Clip seeds of a stage are those of training, below 10^6, moved by this: past those of eval.py.
+SEEDS_A_STAGE = 2 * 10**6
+
+
+def draw_chunks(c: Config, frames: int, generator) -> tuple[tuple, int]:
+    """(chunks of the forward loss, the first frame that is trained): half of the updates take a
+    clip's first full chunks, half a random number from there up, the same on every rank; all but
+    the last full ones are compressed context."""
+    chunks = chunks_of(c, frames)
+    full = c.full_chunks or len(chunks)
+    coin, share = torch.rand(2, generator=generator).tolist()
+    extra = len(chunks) - full
+    longer = int(share * (extra + 1)) if extra > 0 and coin < 0.5 else 0
+    chunks = chunks[:full + longer]
+    return chunks, sum(chunks[:-full])
 
 
 def roles_of(t, r) -> tuple[int, int, int]:
@@ -129,27 +140,18 @@ def roles_of(t, r) -> tuple[int, int, int]:
     return flow, consistency, len(t) - flow - consistency
 
 
-def draw_rollout(c: Config, batch: Batch, key: int, slots) -> Rollout:
+def draw_rollout(c: Config, shape, key: int, slots) -> Rollout:
+    """For clips (F, C, H, W) of this shape."""
     draws, budgets = distributed.generator(c.seed, key, "rollout"), cli.positive_ints(c.budgets)
     steps = budgets[int(torch.randint(len(budgets), (1,), generator=draws))]
     k = int(torch.randint(steps, (1,), generator=draws))
-    z_1 = distributed.noise(batch.n.shape[1:], c.seed, key, "rollout", slots=slots)
-    stream = distributed.noise_stream(c.seed, key, "renoise", slots=slots)
-    chunks = z_1.split(trained_chunks(c, batch), 1)
-    renoise = [[stream(z.shape[1:]) for _ in range(steps - 1)] if c.rollout == "consistency" else []
-               for z in chunks]
+    z_1 = distributed.noise(shape, c.seed, key, "rollout", slots=slots)
+    renoise = []
+    if c.rollout == "consistency":
+        stream = distributed.noise_stream(c.seed, key, "renoise", slots=slots)
+        for frames in chunks_of(c, shape[0]):
+            renoise += [stream((frames, *shape[1:])) for _ in range(steps - 1)]
     return Rollout(flowmap.time_grid(steps, c.shift), k, z_1, renoise)
-
-
-def trained_chunks(c: Config, batch: Batch) -> list[int]:
-    return list(batch.chunks[-(c.full_chunks or len(batch.chunks)):])
-
-
-def context(network, batch: Batch, text, c: Config, z_0=None) -> Context:
-    """The prompt and the clean chunks that each trained chunk sees: the data's, or samples z_0."""
-    x = batch.x if z_0 is None else torch.cat([batch.x[:, :batch.start], z_0.detach()], 1)
-    given = Context(text, **batch.conditioning)
-    return teacher_forced(network, x, given, batch.chunks, c.full_chunks)
 
 
 def kept_text(batch: Batch) -> torch.Tensor:
@@ -157,55 +159,74 @@ def kept_text(batch: Batch) -> torch.Tensor:
     return torch.where(batch.dropped[:, None, None], batch.null_text, batch.text)
 
 
+def whole_clip(network, batch: Batch, text):
+    """The callable u(z, t, r) of a network for whole clips as one chunk."""
+    return flowmap.conditioned(network, Context(text, **batch.conditioning))
+
+
 def flow_matching_error(network, batch: Batch, c: Config) -> torch.Tensor:
     """Stage pretrain: (B,)."""
-    u = flowmap.conditioned(network, context(network, batch, kept_text(batch), c))
-    return flowmap.flow_matching_error(u, batch.x[:, batch.start:], batch.n, batch.t)
+    u = whole_clip(network, batch, kept_text(batch))
+    return flowmap.flow_matching_error(u, batch.x, batch.n, batch.t)
 
 
 def flow_map_error(student, batch: Batch, c: Config) -> torch.Tensor:
     """Stage flowmap, and distill's co-training: the forward error (B,), before the balance."""
+    x = batch.x[:, :sum(batch.chunks)]
+
+    def clean_past(text):
+        given = Context(text, **batch.conditioning)
+        return teacher_forced(student, x, given, batch.chunks, c.full_chunks)
     with torch.no_grad():
-        null = context(student, batch, batch.null_text, c) if c.guidance != 1 else None
+        null = clean_past(batch.null_text) if c.guidance != 1 else None
     return meanflow.meanflow_error(
-        student, batch.x[:, batch.start:], batch.n, batch.t, batch.r,
-        context(student, batch, kept_text(batch), c), null, batch.dropped, c.guidance, c.epsilon,
-        c.derivative, all_ranks_differentiate=batch.some_gap)
+        student, x[:, batch.start:], batch.n, batch.t, batch.r, clean_past(kept_text(batch)), null,
+        batch.dropped, c.guidance, c.epsilon, c.derivative, all_ranks_differentiate=batch.some_gap)
 
 
-def roll_out(student, batch: Batch, rollout: Rollout, c: Config) -> torch.Tensor:
-    """Stage distill: samples z_0 (B, F, C, H, W) of the student, by backward simulation."""
+def whole_clip_error(student, batch: Batch, c: Config) -> torch.Tensor:
+    """Causal flowmap, some updates: guided flow matching (B,) on the clip as one chunk, so that the
+    network stays able to see all of it."""
+    kept = Context(kept_text(batch), **batch.conditioning)
+    null = Context(batch.null_text, **batch.conditioning)
+    return meanflow.meanflow_error(student, batch.x, batch.whole_noise, batch.whole_t,
+                                   batch.whole_t, kept, null, batch.dropped, c.guidance)
+
+
+def roll_out(student, batch: Batch, rollout: Rollout, c: Config, graph: str = "", made=None):
+    """Stage distill: yields each chunk's z_0 of the student's clip, by backward simulation against
+    the student's own cache, as in generation; nothing is the data's.
+
+    graph: "last" or "all" chunks keep theirs, or none. made (B, F, C, H, W): the clip of a rollout
+    before, whose chunks are made again, each against the cache of what was made.
+    """
+    simulation, renoise = backward_sim.SIMULATIONS[c.rollout], iter(rollout.renoise)
+    context, start = Context(batch.text, **batch.conditioning), 0
     z_1 = rollout.z_1.to(batch.x.device)
-    renoise = iter([n.to(z_1) for chunk in rollout.renoise for n in chunk])
-    given = Context(batch.text, **batch.conditioning)
-    with torch.no_grad():                            # the compressed context is the data's
-        chunks = trained_chunks(c, batch)
-        old = replace(given, chunks=batch.chunks[:-len(chunks)])
-        data = batch.x[:, :batch.start]
-        past = student.encode(data, old, compressed=True) if batch.start else ()
-
-    def jump(z, context):
-        u = flowmap.conditioned(student, context)
-        simulation = backward_sim.SIMULATIONS[c.rollout]
-        return simulation(u, z, rollout.grid, rollout.step, lambda shape: next(renoise))
-
-    def write(context, z_0):
-        return append_chunk(student, context, z_0, full_chunks=0)
-    first = replace(given, cache=past, start=batch.start)
-    return torch.cat(list(backward_sim.chunk_by_chunk(jump, write, first, z_1, chunks)), 1)
+    for frames in chunks_of(c, z_1.shape[1]):
+        stop = start + frames
+        is_last = stop == z_1.shape[1]
+        with torch.set_grad_enabled(graph == "all" or graph == "last" and is_last):
+            u = flowmap.conditioned(student, context)
+            z_0 = simulation(u, z_1[:, start:stop], rollout.grid, rollout.step,
+                             lambda shape: next(renoise))
+        yield z_0
+        if not is_last:
+            clean = z_0.detach() if made is None else made[:, start:stop]
+            with torch.no_grad():
+                context = append_chunk(student, context, clean, c.full_chunks)
+        start = stop
 
 
 def score_gradient(z_0, teacher, fake, batch: Batch, c: Config) -> torch.Tensor:
-    """Stage distill: DMD's gradient at the samples z_0, of their shape."""
-    def score(network, text):
-        # The clean chunks are encoded for the call and freed after it: three contexts are large.
-        return lambda z, t, r: network(z, t, r, context(network, batch, text, c, z_0))
-    real = flowmap.guided(score(teacher, batch.text), score(teacher, batch.null_text),
-                          c.real_guidance)
-    return dmd.dmd_gradient(z_0, batch.tau_noise, batch.tau, real, score(fake, batch.text))
+    """Stage distill: DMD's gradient at the clips z_0, scored whole, of their shape."""
+    real = flowmap.guided(whole_clip(teacher, batch, batch.text),
+                          whole_clip(teacher, batch, batch.null_text), c.real_guidance)
+    fake = whole_clip(fake, batch, batch.text)
+    return dmd.dmd_gradient(z_0, batch.tau_noise, batch.tau, real, fake)
 
 
 def fake_score_error(fake, batch: Batch, z_0, c: Config) -> torch.Tensor:
-    """Stage distill: flow matching (B,) of the fake score on samples of the student."""
-    u = flowmap.conditioned(fake, context(fake, batch, batch.text, c, z_0))
+    """Stage distill: flow matching (B,) of the fake score on clips of the student."""
+    u = whole_clip(fake, batch, batch.text)
     return dmd.fake_score_error(u, z_0, batch.fake_noise, batch.fake_t)

@@ -349,6 +349,19 @@ def as_causal(state: Mapping) -> Tensors:
     return Tensors(makers)
 
 
+def complete(adapter: Mapping, config: ModelConfig, base: Mapping) -> Mapping:
+    """An adapter's tensors for a network of `config`: that of the second time embedder starts as a
+    copy of the first's, the compressed patch embedding as that of the tensors `base`."""
+    if config.second_time and "r_embed.up.down" not in adapter:
+        adapter = as_flow_map(adapter)
+    if config.compressed and "far_patch_embed.weight" not in adapter:
+        names = [f"far_patch_embed.{part}" for part in ("weight", "bias")]
+        makers = {name: partial(adapter.__getitem__, name) for name in adapter}
+        makers |= {name: partial(base.__getitem__, name) for name in names}
+        adapter = Tensors(makers)
+    return adapter
+
+
 def export(stage, to, base=None, copy: bool = False) -> Path:
     """Write a finished stage as a Diffusers pipeline folder: AnyFlowPipeline, or AnyFlowFARPipeline
     for a causal network. Or Wan's weights as the flow map that training starts from, for adapters

@@ -106,10 +106,8 @@ def open_tensors(path: Path) -> tuple[Tensors, dict]:
                 raise
             raise ValueError(f"{file}: holds more than tensors, which could run code when it is "
                              f"read; convert it to safetensors where it came from") from None
-    strip = ""
-    if readers:
-        common = [prefix for prefix in PREFIXES if all(n.startswith(prefix) for n in readers)]
-        strip = common[0] if common else ""
+    common = [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in readers)]
+    strip = common[0] if common else ""
 
     def plain(name):
         return name.removeprefix(strip).replace("_fsdp_wrapped_module.", "")
@@ -167,10 +165,8 @@ def weight_files(path: Path) -> list[Path]:
 def read_config(path: Path) -> dict:
     """config.json beside the weights, or {}."""
     path = Path(path)
-    if path.is_file():
-        folder = path.parent
-    else:
-        folder = path / "transformer" if (path / "transformer").is_dir() else path
+    inner = path / "transformer"
+    folder = path.parent if path.is_file() else inner if inner.is_dir() else path
     return read_json(folder / "config.json")
 
 
@@ -251,24 +247,19 @@ def as_asked(config: ModelConfig, state: Tensors, second_time: bool | None,
              compressed: bool | None) -> tuple[ModelConfig, Tensors]:
     """The config and tensors of a network with, or without, a second time and compressed chunks, as
     `load` says."""
-    if second_time is False:
-        state = without(state, "r_embed.")
-    if compressed is False:
-        state = without(state, "far_patch_embed.")
+    second_time = config.second_time if second_time is None else second_time
+    compressed = config.compressed if compressed is None else compressed
     if second_time and not config.second_time:
         state = as_flow_map(state)
     if compressed and not config.compressed:
         state = as_causal(state)
-    if second_time is not None:
-        config = replace(config, second_time=second_time)
-    if compressed is not None:
-        config = replace(config, compressed=compressed)
-    return config, state
-
-
-def without(state: Tensors, prefix: str) -> Tensors:
-    makers = state.makers.items()
-    return Tensors({name: make for name, make in makers if not name.startswith(prefix)})
+    makers = dict(state.makers)
+    for name in state:
+        left_out = (not second_time and name.startswith("r_embed.")
+                    or not compressed and name.startswith("far_patch_embed."))
+        if left_out:
+            del makers[name]
+    return replace(config, second_time=second_time, compressed=compressed), Tensors(makers)
 
 
 def load_foreign(path) -> tuple[ModelConfig, Tensors]:

@@ -237,10 +237,10 @@ def stacked(first: dict, second: dict) -> dict:
     tensors = first["tensors"]
     if "r_embed.up.down" in second["tensors"] and "r_embed.up.down" not in tensors:
         tensors = as_flow_map(tensors)
-    rank = first["rank"] + second["rank"]
-    makers = lora.stacked(tensors, first["alpha"] / first["rank"],
-                          second["tensors"], second["alpha"] / second["rank"])
-    return second | {"rank": rank, "alpha": rank, "tensors": Tensors(makers)}
+    rank, scale = first["rank"] + second["rank"], second["alpha"] / second["rank"]
+    ratio = first["alpha"] / first["rank"] / scale
+    makers = lora.stacked(tensors, second["tensors"], ratio)
+    return second | {"rank": rank, "alpha": scale * rank, "tensors": Tensors(makers)}
 
 
 def as_asked(config: ModelConfig, state: Tensors, second_time: bool | None,
@@ -253,12 +253,9 @@ def as_asked(config: ModelConfig, state: Tensors, second_time: bool | None,
         state = as_flow_map(state)
     if compressed and not config.compressed:
         state = as_causal(state)
-    makers = dict(state.makers)
-    for name in state:
-        left_out = (not second_time and name.startswith("r_embed.")
-                    or not compressed and name.startswith("far_patch_embed."))
-        if left_out:
-            del makers[name]
+    unwanted = () if second_time else ("r_embed.",)
+    unwanted += () if compressed else ("far_patch_embed.",)
+    makers = {name: make for name, make in state.makers.items() if not name.startswith(unwanted)}
     return replace(config, second_time=second_time, compressed=compressed), Tensors(makers)
 
 
@@ -359,9 +356,9 @@ def export(stage, to, base=None, copy: bool = False) -> Path:
     theirs = diffusers_config(stage, config, record)
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"{to} is not empty: give a new folder")
-    shift = record["config"]["shift"]
-    checkpoint.write_aside(to, lambda folder: write_pipeline(folder, theirs, state, shift,
-                                                              base, copy))
+    write = partial(write_pipeline, config=theirs, state=state, shift=record["config"]["shift"],
+                    base=base, copy=copy)
+    checkpoint.write_aside(to, write)
     return to
 
 

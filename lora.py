@@ -114,14 +114,14 @@ def merged(base: Mapping, adapter: Mapping, scale: float) -> dict:
     return {name: partial(make, name) for name in base}
 
 
-def stacked(first: Mapping, first_scale: float, second: Mapping, second_scale: float) -> dict:
-    """What makes each tensor of one adapter of scale 1, of both ranks together, that adds what two
-    add: `second` on a base that is itself `first` on a base. A replaced tensor is the second's."""
+def stacked(first: Mapping, second: Mapping, ratio: float) -> dict:
+    """What makes each tensor of one adapter, of both ranks together and second's scale, that adds
+    what two add: `second` on a base that is itself `first` on a base. ratio: first's scale over
+    second's. A replaced tensor is second's."""
     def make(name):
         if name.endswith(".down"):
             return torch.cat([first[name], second[name]])                    # (R, D_in)
         if name.endswith(".up"):
-            both = [first_scale * first[name], second_scale * second[name]]
-            return torch.cat(both, 1)                                        # (D_out, R)
+            return torch.cat([ratio * first[name], second[name]], 1)         # (D_out, R)
         return second[name]
     return {name: partial(make, name) for name in second}

@@ -241,7 +241,8 @@ def generate(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: li
         some = given if given is None or len(given) == 1 else given[rows]
         chunks = latents(pipeline, captions[rows], seeds[rows], grid, sampler, guidance,
                          given=some, **options)
-        clips.append(pipeline.codec.decode(torch.cat(list(chunks), 1).cpu()))
+        z_0 = torch.cat(list(chunks), 1)
+        clips.append(pipeline.codec.decode(z_0.cpu()))
     return torch.cat(clips)
 
 

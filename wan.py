@@ -106,10 +106,8 @@ def open_tensors(path: Path) -> tuple[Tensors, dict]:
                 raise
             raise ValueError(f"{file}: holds more than tensors, which could run code when it is "
                              f"read; convert it to safetensors where it came from") from None
-    strip = ""
-    if readers:
-        common = [prefix for prefix in PREFIXES if all(n.startswith(prefix) for n in readers)]
-        strip = common[0] if common else ""
+    common = [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in readers)]
+    strip = common[0] if common else ""
 
     def plain(name):
         return name.removeprefix(strip).replace("_fsdp_wrapped_module.", "")
@@ -167,10 +165,8 @@ def weight_files(path: Path) -> list[Path]:
 def read_config(path: Path) -> dict:
     """config.json beside the weights, or {}."""
     path = Path(path)
-    if path.is_file():
-        folder = path.parent
-    else:
-        folder = path / "transformer" if (path / "transformer").is_dir() else path
+    inner = path / "transformer"
+    folder = path.parent if path.is_file() else inner if inner.is_dir() else path
     return read_json(folder / "config.json")
 
 
@@ -241,34 +237,26 @@ def stacked(first: dict, second: dict) -> dict:
     tensors = first["tensors"]
     if "r_embed.up.down" in second["tensors"] and "r_embed.up.down" not in tensors:
         tensors = as_flow_map(tensors)
-    rank = first["rank"] + second["rank"]
-    makers = lora.stacked(tensors, first["alpha"] / first["rank"],
-                          second["tensors"], second["alpha"] / second["rank"])
-    return second | {"rank": rank, "alpha": rank, "tensors": Tensors(makers)}
+    rank, scale = first["rank"] + second["rank"], second["alpha"] / second["rank"]
+    ratio = first["alpha"] / first["rank"] / scale
+    makers = lora.stacked(tensors, second["tensors"], ratio)
+    return second | {"rank": rank, "alpha": scale * rank, "tensors": Tensors(makers)}
 
 
 def as_asked(config: ModelConfig, state: Tensors, second_time: bool | None,
              compressed: bool | None) -> tuple[ModelConfig, Tensors]:
     """The config and tensors of a network with, or without, a second time and compressed chunks, as
     `load` says."""
-    if second_time is False:
-        state = without(state, "r_embed.")
-    if compressed is False:
-        state = without(state, "far_patch_embed.")
+    second_time = config.second_time if second_time is None else second_time
+    compressed = config.compressed if compressed is None else compressed
     if second_time and not config.second_time:
         state = as_flow_map(state)
     if compressed and not config.compressed:
         state = as_causal(state)
-    if second_time is not None:
-        config = replace(config, second_time=second_time)
-    if compressed is not None:
-        config = replace(config, compressed=compressed)
-    return config, state
-
-
-def without(state: Tensors, prefix: str) -> Tensors:
-    makers = state.makers.items()
-    return Tensors({name: make for name, make in makers if not name.startswith(prefix)})
+    unwanted = () if second_time else ("r_embed.",)
+    unwanted += () if compressed else ("far_patch_embed.",)
+    makers = {name: make for name, make in state.makers.items() if not name.startswith(unwanted)}
+    return replace(config, second_time=second_time, compressed=compressed), Tensors(makers)
 
 
 def load_foreign(path) -> tuple[ModelConfig, Tensors]:
@@ -381,9 +369,9 @@ def export(stage, to, base=None, copy: bool = False) -> Path:
     theirs = diffusers_config(stage, config, record)
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"{to} is not empty: give a new folder")
-    shift = record["config"]["shift"]
-    checkpoint.write_aside(to, lambda folder: write_pipeline(folder, theirs, state, shift,
-                                                              base, copy))
+    write = partial(write_pipeline, config=theirs, state=state, shift=record["config"]["shift"],
+                    base=base, copy=copy)
+    checkpoint.write_aside(to, write)
     return to
 
 

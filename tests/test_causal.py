@@ -1,4 +1,4 @@
-"""The causal network: its cache, who sees whom, checkpointing, and parity with Diffusers' implementation."""
+"""The causal network: its cache, who sees whom, checkpointing, and parity with Diffusers."""
 from dataclasses import replace
 
 import pytest
@@ -7,6 +7,7 @@ import torch
 import backward_sim
 import golden
 import model
+import pipeline
 import wan
 from flowmap import conditioned, euler_sample, time_grid
 from golden import CAUSAL, ROLLOUT, ROLLOUT_SIDES, SMALL, inputs, network
@@ -15,20 +16,29 @@ from cache import Context, append_chunk, teacher_forced
 PARTITIONS = [(1, 3, 3, 3, 3, 3, 3, 2), (2,) * 6, (1,) * 5]
 
 
+def rollout(net, jump, context, z, chunks, full_chunks):
+    """A clip, chunk by chunk. jump(z, u): a chunk's z_0 from its noise."""
+    def make(z, context):
+        return jump(z, conditioned(net, context))
+
+    def append(context, z_0):
+        return append_chunk(net, context, z_0, full_chunks)
+    return torch.cat(list(backward_sim.chunk_by_chunk(make, append, context, z, chunks)), 1)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("full_chunks", [0, 1, 2, 3])
 @pytest.mark.parametrize("chunks", PARTITIONS)
 def test_cached_generation_equals_the_uncached_forward(chunks, full_chunks, batch):
-    """The last chunk, asked with a cache that was written chunk by chunk, and with its whole clean past at once."""
+    """The last chunk, with a cache that grew chunk by chunk, and with its clean past at once."""
     net = network(CAUSAL)
     z, t, r, text = inputs(CAUSAL, batch, sum(chunks))
     clean = inputs(CAUSAL, batch, sum(chunks), seed=1)[0]
     context, start = Context(net.encode_prompt(text)), 0
     for i, frames in enumerate(chunks):
-        past = clean[:, :start]
-        whole = teacher_forced(net, torch.cat([past, z[:, start:start + frames]], 1), text, chunks[:i + 1], full_chunks)
-        noisy = torch.cat([past, z[:, start:start + frames]], 1)[:, whole.start:]
-        expected = net(noisy, t, r, whole)[:, -frames:]
+        clip = torch.cat([clean[:, :start], z[:, start:start + frames]], 1)
+        whole = teacher_forced(net, clip, text, chunks[:i + 1], full_chunks)
+        expected = net(clip[:, whole.start:], t, r, whole)[:, -frames:]
         assert (net(z[:, start:start + frames], t, r, context) - expected).abs().max() < 1e-5
         context = append_chunk(net, context, clean[:, start:start + frames], full_chunks)
         start += frames
@@ -43,8 +53,9 @@ def test_clean_never_sees_noisy_and_no_chunk_sees_a_later_one(full_chunks):
 
     def outputs(z, clean):
         context = teacher_forced(net, clean, text, chunks, full_chunks)
-        keys = torch.cat([k for chunk in context.cache for layer in chunk.keys_values for k in layer], 1)
-        return net(z[:, context.start:], t, r, context), keys, context.start
+        layers = [layer for chunk in context.cache for layer in chunk.keys_values]
+        keys_values = torch.cat([torch.cat(layer, 1) for layer in layers], 1)
+        return net(z[:, context.start:], t, r, context), keys_values, context.start
     u, keys, first = outputs(z, clean)
     starts = [sum(chunks[:i]) for i in range(5)]
     for i in range(4):
@@ -54,7 +65,8 @@ def test_clean_never_sees_noisy_and_no_chunk_sees_a_later_one(full_chunks):
         changed = outputs(z, louder)[0] - u
         # A changed clean chunk reaches later noisy chunks, and neither itself nor earlier ones.
         assert starts[i + 1] <= first or changed[:, :starts[i + 1] - first].abs().max() == 0
-        assert i == 3 or changed[:, max(0, starts[i + 1] - first):].abs().amax((0, 2, 3, 4)).min() > 1e-4
+        later = changed[:, max(0, starts[i + 1] - first):].abs().amax((0, 2, 3, 4))
+        assert i == 3 or later.min() > 1e-4
         noisier = z.clone()
         noisier[:, rows] += 1
         changed, same_keys, _ = outputs(noisier, clean)
@@ -86,13 +98,15 @@ def test_a_new_prompt_is_encoded_anew():
 def test_rows_of_a_context():
     """The finite difference asks for some samples only."""
     net, (z, t, r, text) = network(CAUSAL), inputs(CAUSAL, batch=3, frames=6)
-    context, rows = teacher_forced(net, z, net.encode_prompt(text), (2, 1, 2, 1), 2), torch.tensor([2, 0])
-    expected = net(z[:, context.start:], t, r, context)[rows]
-    torch.testing.assert_close(net(z[rows, context.start:], t[rows], r[rows], context[rows]), expected, rtol=1e-4, atol=1e-5)
+    context = teacher_forced(net, z, net.encode_prompt(text), (2, 1, 2, 1), 2)
+    rows, z = torch.tensor([2, 0]), z[:, context.start:]
+    expected = net(z, t, r, context)[rows]
+    some = net(z[rows], t[rows], r[rows], context[rows])
+    torch.testing.assert_close(some, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_window_bounds_the_past():
-    net, (z, t, r, text) = network(CAUSAL), inputs(CAUSAL, frames=1)
+    net, (z, _, _, text) = network(CAUSAL), inputs(CAUSAL, frames=1)
     for full_chunks, window in ((0, 2), (3, 5), (3, 2), (3, 1), (1, 2)):
         context = Context(text)
         for _ in range(8):
@@ -102,7 +116,7 @@ def test_the_window_bounds_the_past():
 
 
 def test_positions_may_lie_anywhere():
-    """Attention depends on distances only, so a long video does not leave the trained range within a window."""
+    """Attention depends on distances only: a long video stays in the trained range of a window."""
     net, (z, t, r, text) = network(CAUSAL), inputs(CAUSAL, frames=2)
     def u(first):
         context = append_chunk(net, Context(text, start=first), z, 3)
@@ -118,9 +132,10 @@ def test_checkpointing_changes_no_gradient_of_a_causal_rollout(full_chunks):
         net = network(CAUSAL).requires_grad_(True)
         for block in net.blocks:
             block.checkpointing = checkpointing
-        jump = lambda z, context: backward_sim.flow_map_simulation(conditioned(net, context), z, time_grid(4, 5.0), 1)
-        write = lambda context, z_0: append_chunk(net, context, z_0, full_chunks)
-        clip = torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(text), z, chunks)), 1)
+
+        def jump(z, u):
+            return backward_sim.flow_map_simulation(u, z, time_grid(4, 5.0), 1)
+        clip = rollout(net, jump, Context(text), z, chunks, full_chunks)
         (clip * torch.linspace(-1, 1, clip.numel()).view(clip.shape)).sum().backward()
         return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     plain = gradients(False)
@@ -130,9 +145,8 @@ def test_checkpointing_changes_no_gradient_of_a_causal_rollout(full_chunks):
 def test_no_gradient_through_the_cache():
     net, (z, _, _, text) = network(CAUSAL), inputs(CAUSAL, frames=2)
     z.requires_grad_()
-    jump = lambda z, context: euler_sample(conditioned(net, context), z, [1.0, 0.0])
-    write = lambda context, z_0: append_chunk(net, context, z_0, 3)
-    clip = torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(text), z, (1, 1))), 1)
+    jump = lambda z, u: euler_sample(u, z, [1.0, 0.0])
+    clip = rollout(net, jump, Context(text), z, (1, 1), 3)
     gradient, = torch.autograd.grad(clip[:, 1].sum(), z)
     assert gradient[:, 0].abs().max() == 0 and gradient[:, 1].abs().min() > 0
 
@@ -142,9 +156,10 @@ def test_compressed_patch_embedding_starts_as_the_interpolated_one():
     net = model.FlowMapDiT(CAUSAL)
     net.load_state_dict(wan.as_causal(plain))
     assert net.far_patch_embed.weight.shape == (48, 6, 1, 4, 4)
-    weight = plain["patch_embed.weight"]
-    torch.testing.assert_close(net.far_patch_embed.weight[..., 0, 0], weight[..., 0, 0])
-    torch.testing.assert_close(net.far_patch_embed.weight[..., 0, 1], 0.75 * weight[..., 0, 0] + 0.25 * weight[..., 0, 1])
+    weight, far = plain["patch_embed.weight"], net.far_patch_embed.weight
+    torch.testing.assert_close(far[..., 0, 0], weight[..., 0, 0])
+    between = 0.75 * weight[..., 0, 0] + 0.25 * weight[..., 0, 1]
+    torch.testing.assert_close(far[..., 0, 1], between)
     with pytest.raises(ValueError, match="no compressed patch embedding"):
         network().encode(inputs()[0], Context(inputs()[3]), compressed=True)
     with pytest.raises(ValueError, match=r"3 latent frames, but chunks of \[1, 1\]"):
@@ -153,8 +168,14 @@ def test_compressed_patch_embedding_starts_as_the_interpolated_one():
 
 def test_compressed_rotations_are_the_renormalised_mean_of_those_they_cover():
     fine, coarse = (model.rotary_angles(torch.arange(2), 4 // s, 6 // s, 24, s) for s in (1, 2))
-    mean = fine.view(2, 2, 2, 3, 2, 12).mean((2, 4))                                # (F, h, w, K / 2) of 2 x 2 each
+    mean = fine.view(2, 2, 2, 3, 2, 12).mean((2, 4))             # (F, h, w, K / 2), of 2 x 2 each
     torch.testing.assert_close(coarse.view(2, 2, 3, 12), mean / mean.abs(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sampler_that_is_not_known_is_an_error():
+    unfinished = pipeline.Pipeline(network(), None, None, {}, (), ())
+    with pytest.raises(ValueError, match="sampler 'heun': choose one of euler, consistency"):
+        pipeline.generate(unfinished, ["a clip"], [0], [1.0, 0.0], "heun")
 
 
 # --- parity with Diffusers: golden vectors always, its live networks where it is installed
@@ -168,18 +189,18 @@ def ours(name: str) -> torch.Tensor:
     chunks, limit = tuple(map(int, chunks.split(","))), int(limit)
     if kind == "training":
         net, (z, t, r, text) = network(CAUSAL), inputs(CAUSAL, frames=sum(chunks))
-        context = teacher_forced(net, inputs(CAUSAL, frames=sum(chunks), seed=1)[0], text, chunks, limit)
+        clean = inputs(CAUSAL, frames=sum(chunks), seed=1)[0]
+        context = teacher_forced(net, clean, text, chunks, limit)
         return net(z[:, context.start:], t, r, context)
     net, (z, _, _, text) = network(ROLLOUT), inputs(ROLLOUT, 1, sum(chunks), sides=ROLLOUT_SIDES)
-    jump = lambda z, context: euler_sample(conditioned(net, context), z, time_grid(2, 5.0))
-    write = lambda context, z_0: append_chunk(net, context, z_0, limit)
-    return torch.cat(list(backward_sim.chunk_by_chunk(jump, write, Context(net.encode_prompt(text)), z, chunks)), 1)
+    jump = lambda z, u: euler_sample(u, z, time_grid(2, 5.0))
+    return rollout(net, jump, Context(net.encode_prompt(text)), z, chunks, limit)
 
 
 @pytest.mark.parametrize("source", ["golden", "live"])
 @pytest.mark.parametrize("name", list(golden.cases()))
 def test_parity_with_diffusers(name, source):
-    """Same weights, same input, another implementation: within 1e-4 of the output's standard deviation."""
+    """Same weights and input, another implementation: within 1e-4 of the output's deviation."""
     if source == "live":
         pytest.importorskip("diffusers", minversion="0.42")
         expected = golden.cases()[name]()

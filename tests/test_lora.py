@@ -1,5 +1,7 @@
 """Adapters: they start as nothing, merge to rounding, and three on one base are three networks."""
+import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,23 +25,31 @@ RANK, ALPHA = 4, 8.0
 
 
 def randn(*shape, key):
-    return torch.randn(shape, generator=distributed.generator(*key) if isinstance(key, tuple) else distributed.generator(key))
+    key = key if isinstance(key, tuple) else (key,)
+    return torch.randn(shape, generator=distributed.generator(*key))
+
+
+def random_state(net, seed, scale=0.2) -> dict:
+    """Random tensors for a network or an adapter, by name."""
+    return {name: scale * randn(*p.shape, key=(seed, name)) for name, p in net.named_parameters()}
 
 
 @pytest.fixture
 def shared():
     """(one base with three random adapters, the same as three networks with merged weights)."""
     base = FlowMapDiT(CONFIG)
-    base.load_state_dict({name: 0.2 * randn(*p.shape, key=("base", name)) for name, p in base.named_parameters()})
-    weights, adapted, apart = {n: p.detach().clone() for n, p in base.named_parameters()}, {}, {}
+    weights = random_state(base, "base")
+    base.load_state_dict(weights)
+    adapted, apart = {}, {}
     base.requires_grad_(False)
     for name in NAMES:
         lora.add_adapter(base, name, RANK, ALPHA)
         adapted[name] = lora.Adapted(base, name)
-        state = {n: 0.2 * randn(*p.shape, key=(name, n)) for n, p in adapted[name].named_parameters()}
+        state = random_state(adapted[name], name)
         checkpoint.load_weights(adapted[name], state, "test")
         apart[name] = FlowMapDiT(CONFIG)
-        checkpoint.load_weights(apart[name], Tensors(lora.merged(weights, state, ALPHA / RANK)), "test")
+        merged = Tensors(lora.merged(weights, state, ALPHA / RANK))
+        checkpoint.load_weights(apart[name], merged, "test")
     return adapted, apart
 
 
@@ -53,18 +63,23 @@ def losses(nets):
     x, n, text, t, r = inputs()
     chunks, full = (1, 1, 2), 2
     context = {name: teacher_forced(net, x, text, chunks, full) for name, net in nets.items()}
-    new, start = n[:, 1:], context["student"].start
-    flow = meanflow.meanflow_error(nets["student"], x[:, start:], new, t, r, context["student"], context["student"],
+    student, own = nets["student"], context["student"]
+    new, start = n[:, 1:], own.start
+    flow = meanflow.meanflow_error(student, x[:, start:], new, t, r, own, own,
                                    torch.tensor([False, True]), guidance=2.0)
 
     def jump(z, context):
-        return backward_sim.flow_map_simulation(flowmap.conditioned(nets["student"], context), z, flowmap.time_grid(4, 5.0), 1)
-    cache = context["student"].cache[:1]
-    z_0 = torch.cat(list(backward_sim.chunk_by_chunk(jump, lambda c, z: append_chunk(nets["student"], c, z, 0),
-                                                     Context(text, cache, start), new, chunks[1:])), 1)
+        u = flowmap.conditioned(student, context)
+        return backward_sim.flow_map_simulation(u, z, flowmap.time_grid(4, 5.0), 1)
+
+    def append(context, z_0):
+        return append_chunk(student, context, z_0, 0)
+    first = Context(text, own.cache[:1], start)
+    z_0 = torch.cat(list(backward_sim.chunk_by_chunk(jump, append, first, new, chunks[1:])), 1)
     real, fake = (flowmap.conditioned(nets[name], context[name]) for name in ("teacher", "fake"))
     gradient = dmd.dmd_gradient(z_0.detach(), new, t, real, fake)
-    return {"flow map": flow, "dmd": dmd.dmd_loss(z_0, gradient), "fake": dmd.fake_score_error(fake, z_0, new, t)}
+    return {"flow map": flow, "dmd": dmd.dmd_loss(z_0, gradient),
+            "fake": dmd.fake_score_error(fake, z_0, new, t)}
 
 
 def test_three_adapters_on_one_base_are_three_networks(shared):
@@ -72,10 +87,10 @@ def test_three_adapters_on_one_base_are_three_networks(shared):
     mine, theirs = losses(adapted), losses(apart)
     for name, loss in mine.items():
         torch.testing.assert_close(loss, theirs[name], rtol=1e-5, atol=1e-5)
-    gradients = torch.autograd.grad(mine["dmd"].sum(), adapted["student"].network.blocks[0].ffn.up.adapters["student"].up)[0]
-    weight = torch.autograd.grad(theirs["dmd"].sum(), apart["student"].blocks[0].ffn.up.weight)[0]
-    down = adapted["student"].network.blocks[0].ffn.up.adapters["student"].down
-    torch.testing.assert_close(gradients, ALPHA / RANK * weight @ down.T, rtol=1e-3, atol=1e-5)
+    pair = adapted["student"].network.blocks[0].ffn.up.adapters["student"]
+    up, = torch.autograd.grad(mine["dmd"].sum(), pair.up)
+    weight, = torch.autograd.grad(theirs["dmd"].sum(), apart["student"].blocks[0].ffn.up.weight)
+    torch.testing.assert_close(up, ALPHA / RANK * weight @ pair.down.T, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["student", "fake"])
@@ -84,23 +99,25 @@ def test_a_loss_reaches_its_own_adapter_only(shared, name):
     losses(adapted)["dmd" if name == "student" else "fake"].sum().backward()
     reached = {key for key, p in adapted[name].network.named_parameters() if p.grad is not None}
     assert reached and all(f".adapters.{name}." in key for key in reached)
-    # All of it but the compressed chunks' embedding, which the rollout reads from the data without gradient.
-    pieces = {key for key, _ in adapted[name].named_parameters() if not key.startswith("far_patch_embed")}
+    # All of it but the compressed chunks' embedding: the rollout encodes the data without gradient.
+    names = [key for key, _ in adapted[name].named_parameters()]
+    pieces = {key for key in names if not key.startswith("far_patch_embed")}
     assert {key.replace(f".adapters.{name}.", ".") for key in reached} >= pieces
 
 
 def test_checkpointing_computes_again_with_the_adapter_that_was_asked_for(shared):
-    """Other adapters speak between forward and backward; a hidden active adapter would give their gradients."""
+    """Other adapters are asked between forward and backward; a hidden active one would show."""
     adapted, _ = shared
     x, n, text, t, r = inputs()
     results = []
+    pairs = [p for name, p in adapted["student"].named_parameters()
+             if name.endswith((".down", ".up"))]
     for on in (False, True):
         for block in adapted["student"].network.blocks:
             block.checkpointing = on
         u = adapted["student"](x, t, r, Context(text))
         adapted["teacher"](x, t, r, Context(text))
-        results.append(torch.autograd.grad(u.square().sum(), [p for _, p in adapted["student"].named_parameters()
-                                                              if p.shape[-1] == RANK or p.shape[0] == RANK]))
+        results.append(torch.autograd.grad(u.square().sum(), pairs))
     for plain, again in zip(*results, strict=True):
         torch.testing.assert_close(plain, again, rtol=1e-5, atol=1e-6)
 
@@ -111,14 +128,16 @@ def test_a_fresh_adapter_changes_nothing_and_is_a_function_of_its_seed(shared):
     lora.add_adapter(net, "new", RANK, ALPHA)
     weights = {n: p for n, p in net.named_parameters() if ".adapters." not in n}
     new = lora.Adapted(net, "new")
-    makers = [lora.fresh_adapter(new, weights, lambda name, seed=seed: distributed.generator(seed, name)) for seed in (0, 0, 1)]
+    makers = [lora.fresh_adapter(new, weights, partial(distributed.generator, seed))
+              for seed in (0, 0, 1)]
     checkpoint.load_weights(new, Tensors(makers[0]), "test")
     x, _, text, t, r = inputs()
     for context in (Context(text), teacher_forced(new, x, text, (1, 1, 2), 2)):
         z = x[:, context.start:]
         assert torch.equal(new(z, t, r, context), net(z, t, r, replace(context, adapter="")))
-    same, other = (all(torch.equal(makers[0][n](), makers[i][n]()) for n in makers[0]) for i in (1, 2))
-    assert same and not other
+    first, same, other = ({name: make() for name, make in m.items()} for m in makers)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
     with pytest.raises(ValueError, match="'new' already"):
         lora.add_adapter(net, "new", RANK, ALPHA)
     with pytest.raises(ValueError, match="rank 0"):
@@ -127,23 +146,27 @@ def test_a_fresh_adapter_changes_nothing_and_is_a_function_of_its_seed(shared):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_and_taking_out_again_is_exact_to_rounding(shared, dtype):
-    """What an adapter adds is kept although a bf16 base could not hold it: merged weights are fp32."""
+    """What an adapter adds is kept, as a bf16 base could not hold it: merged weights are fp32."""
     adapted, _ = shared
-    weights = {n: p.to(dtype) for n, p in adapted["student"].network.named_parameters() if ".adapters." not in n}
-    state = dict(adapted["student"].named_parameters())
-    state = {n: p.detach() * (1e-3 if n.endswith("up") else 1) for n, p in state.items() if not n.startswith(lora.REPLACED)}
+    weights = {n: p.to(dtype) for n, p in adapted["student"].network.named_parameters()
+               if ".adapters." not in n}
+    state = {n: p.detach() * (1e-3 if n.endswith("up") else 1)
+             for n, p in adapted["student"].named_parameters() if not n.startswith(lora.REPLACED)}
     there = Tensors(lora.merged(weights, state, ALPHA / RANK))
     back = Tensors(lora.merged(there, state, -ALPHA / RANK))
     for name, tensor in weights.items():
         path = name.removesuffix(".weight")
-        added = ALPHA / RANK * state[f"{path}.up"] @ state[f"{path}.down"] if f"{path}.up" in state else torch.zeros(())
-        torch.testing.assert_close(there[name].float() - tensor.float(), added.expand_as(tensor), rtol=1e-2, atol=1e-6)
-        torch.testing.assert_close(back[name].float(), tensor.detach().float(), rtol=1e-6, atol=1e-6)
+        tensor, added = tensor.detach().float(), torch.zeros_like(tensor, dtype=torch.float32)
+        if f"{path}.up" in state:
+            added = ALPHA / RANK * state[f"{path}.up"] @ state[f"{path}.down"]
+        difference = there[name].float() - tensor
+        torch.testing.assert_close(difference, added, rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(back[name].float(), tensor, rtol=1e-6, atol=1e-6)
         assert there[name].dtype == (torch.float32 if added.any() else dtype)
 
 
 def test_the_adapter_of_a_teacher_becomes_that_of_a_flow_map(shared):
-    """At r = t the flow map that starts from an adapted teacher is that teacher, whatever the gate."""
+    """At r = t the flow map that starts from an adapted teacher is that teacher, for any gate."""
     adapted, _ = shared
     net, plain = adapted["student"].network, FlowMapDiT(replace(CONFIG, second_time=False))
     lora.add_adapter(plain, "student", RANK, ALPHA)
@@ -153,9 +176,11 @@ def test_the_adapter_of_a_teacher_becomes_that_of_a_flow_map(shared):
     teacher = lora.Adapted(plain, "student")
     base = {n: p for n, p in plain.named_parameters() if ".adapters." not in n}
     checkpoint.load_weights(net, wan.as_flow_map(base), "test")
-    checkpoint.load_weights(adapted["student"], wan.as_flow_map(dict(teacher.named_parameters())), "test")
+    adapter = wan.as_flow_map(dict(teacher.named_parameters()))
+    checkpoint.load_weights(adapted["student"], adapter, "test")
     x, _, text, t, _ = inputs()
-    torch.testing.assert_close(adapted["student"](x, t, t, Context(text)), teacher(x, t, t, Context(text)), rtol=1e-5, atol=1e-5)
+    u, expected = adapted["student"](x, t, t, Context(text)), teacher(x, t, t, Context(text))
+    torch.testing.assert_close(u, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset, rank", [("wan-1.3b", 256), ("wan-14b", 256)])
@@ -165,45 +190,55 @@ def test_the_released_recipe_adapts_these_layers(preset, rank):
         net = FlowMapDiT(c)
         lora.add_adapter(net, "student", rank, rank)
     sizes = {name: p.numel() for name, p in lora.Adapted(net, "student").named_parameters()}
-    block = 4 * rank * 2 * c.dim + 2 * rank * (c.dim + c.ffn_dim)               # q, k, v, out; both Linears of the FFN
-    times = 2 * (rank * (c.freq_dim + c.dim) + rank * 2 * c.dim)                 # both time embedders
+    block = 4 * rank * 2 * c.dim + 2 * rank * (c.dim + c.ffn_dim)     # q, k, v, out; the FFN
+    times = 2 * (rank * (c.freq_dim + c.dim) + rank * 2 * c.dim)       # both time embedders
     far = c.dim * c.channels * 16 + c.dim
     assert sum(sizes.values()) == c.layers * block + times + far
     assert not any("cross_attn" in name or "text_embed" in name for name in sizes)
 
 
+def trained(run, stage, *flags, steps=None):
+    """The folder of a stage of the tiny preset, trained in `run`."""
+    import train
+    flags = ["--preset", "tiny", "--stage", stage, "--run-dir", str(run), *flags]
+    flags += ["--steps", str(steps)] if steps else []
+    return train.train(train.parse_config(flags))
+
+
 def test_a_run_of_adapters_from_base_to_clip(tmp_path):
     """Three stages on a frozen base; what is saved is the adapter; the base may move."""
-    import sample
-    import train
-
-    def run(stage, *flags):
-        return train.train(train.parse_config(["--preset", "tiny", "--stage", stage, "--run-dir", str(tmp_path / "run"), *flags]))
-    base = train.train(train.parse_config(["--preset", "tiny", "--run-dir", str(tmp_path / "base")]))
+    run = partial(trained, tmp_path / "run")
+    base = trained(tmp_path / "base", "pretrain")
     base = base.rename(tmp_path / "blob")
-    link = tmp_path / "weights"                                                 # as in a cache of downloads
+    link = tmp_path / "weights"                              # as in a cache of downloads
     link.symlink_to(base)
     run("pretrain", "--base", str(link), "--lora-rank", "3", "--lora-alpha", "6", "--lr", "1e-2")
     for stage in ("flowmap", "distill"):
         run(stage, "--lr", "1e-2")
     config, tensors, adapter = checkpoint.load_model(tmp_path / "run" / "distill")
-    assert {k: adapter[k] for k in ("rank", "alpha", "base")} == {"rank": 3, "alpha": 6.0, "base": str(link)} and config.second_time
-    assert {name.rpartition(".")[0].split(".", 2)[-1] if name.startswith("blocks") else name.rpartition(".")[0]
-            for name in tensors} == set(adapter["targets"]) - set(lora.REPLACED)
-    assert {tuple(t.shape)[tensors_name.endswith("up")] for tensors_name, t in tensors.items()} == {3}
+    found = [adapter[key] for key in ("rank", "alpha", "base")]
+    assert found == [3, 6.0, str(link)] and config.second_time
+    paths = {re.sub(r"^blocks\.\d+\.", "", name.rpartition(".")[0]) for name in tensors}
+    assert paths == set(adapter["targets"]) - set(lora.REPLACED)
+    assert all(t.shape[1 if name.endswith(".up") else 0] == 3 for name, t in tensors.items())
     assert any(tensor.any() for name, tensor in tensors.items() if name.endswith(".up"))
-    stage, prompt = tmp_path / "run" / "distill", ["a red circle moving left"]
-    clip = sample.generate(sample.load_pipeline(stage), prompt, [0], [1.0, 0.0])
+    stage = tmp_path / "run" / "distill"
+
+    def clip():
+        net = pipeline.load_pipeline(stage)
+        return pipeline.generate(net, ["a red circle moving left"], [0], [1.0, 0.0])
+    expected = clip()
     moved = base.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="weights, which are not there: give their folder with --base"):
+    with pytest.raises(ValueError, match="which are not there: give their folder with --base"):
         wan.load(stage)
-    with pytest.raises(ValueError, match="adapts the weights .*which are not there: put them there again"):
+    with pytest.raises(ValueError, match="adapts the weights .*not there: put them there again"):
         run("distill", "--fresh")
     _, state = wan.load(stage, base=moved)
     merged = FlowMapDiT(config)
     checkpoint.load_weights(merged, state, stage)
-    checkpoint.save_model(stage, dict(merged.named_parameters()), config, is_main=True)       # in place of the adapter
-    torch.testing.assert_close(sample.generate(sample.load_pipeline(stage), prompt, [0], [1.0, 0.0]), clip, rtol=1e-4, atol=1e-4)
+    # In place of the adapter:
+    checkpoint.save_model(stage, dict(merged.named_parameters()), config, is_main=True)
+    torch.testing.assert_close(clip(), expected, rtol=1e-4, atol=1e-4)
 
 
 def saved_stage(folder, config, rank: int = 0, base=None, scale: float = 0.2):
@@ -212,7 +247,7 @@ def saved_stage(folder, config, rank: int = 0, base=None, scale: float = 0.2):
     if rank:
         lora.add_adapter(net, "it", rank, ALPHA)
         net, adapter = lora.Adapted(net, "it"), {"rank": rank, "alpha": ALPHA, "base": str(base)}
-    tensors = {n: scale * randn(*p.shape, key=(folder.name, n)) for n, p in net.named_parameters()}
+    tensors = random_state(net, folder.name, scale)
     folder.mkdir()
     checkpoint.save_model(folder, tensors, config, is_main=True, adapter=adapter)
     return folder, tensors
@@ -247,20 +282,16 @@ def test_an_adapter_of_an_adapter_is_whole_in_bf16(tmp_path):
 
 
 def test_adapters_of_different_bases_do_not_mix(tmp_path, monkeypatch):
-    import train
-
-    def run(stage, *flags):
-        return train.train(train.parse_config(["--preset", "tiny", "--stage", stage, "--run-dir", str(tmp_path / "run"), "--steps", "1",
-                                               *flags]))
+    run = partial(trained, tmp_path / "run", steps=1)
     with pytest.raises(SystemExit):
-        train.parse_config(["--preset", "tiny", "--lora-rank", "2"])            # nothing to adapt
+        trained(tmp_path / "run", "pretrain", "--lora-rank", "2")              # nothing to adapt
     run("pretrain")
     run("flowmap")
-    with pytest.raises(ValueError, match="pretrain is not an adapter of .*flowmap, .*--lora-rank 0"):
+    with pytest.raises(ValueError, match="pretrain is not an adapter of .*flowmap.*--lora-rank 0"):
         run("distill", "--lora-rank", "2")
-    run("flowmap", "--lora-rank", "2", "--fresh")                               # adapts the teacher that pretrain ended with
+    run("flowmap", "--lora-rank", "2", "--fresh")              # adapts pretrain's teacher
     with pytest.raises(ValueError, match="rank 2 and alpha 2, not --lora-rank 2 --lora-alpha 4"):
         run("distill", "--lora-alpha", "4")
-    (tmp_path / "run").rename(tmp_path / "moved")                               # with the base that is inside
+    (tmp_path / "run").rename(tmp_path / "moved")              # with the base that is inside
     monkeypatch.chdir(tmp_path)
-    train.train(train.parse_config(["--preset", "tiny", "--stage", "distill", "--run-dir", "moved", "--steps", "1"]))
+    trained("moved", "distill", steps=1)

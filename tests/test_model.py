@@ -1,5 +1,6 @@
 """The network: sizes, the two times, invariances. Parity with Diffusers is in test_causal.py."""
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def test_a_teacher_turned_into_a_flow_map_is_unchanged_at_r_equal_t(config):
     student.load_state_dict(wan.as_flow_map(teacher.state_dict()))
     z, t, r, text = inputs(config)
     expected = teacher(z, t, t, text)
-    torch.testing.assert_close(student(z, t, t, text), expected, rtol=1e-5, atol=1e-5 * expected.std().item())
+    atol = 1e-5 * expected.std().item()
+    torch.testing.assert_close(student(z, t, t, text), expected, rtol=1e-5, atol=atol)
     assert (student(z, t, r, text) - expected).abs().max() > 1e-3       # and it does look at r
     torch.testing.assert_close(teacher(z, t, r, text), expected, rtol=0, atol=0)
 
@@ -39,7 +41,8 @@ def test_a_teacher_turned_into_a_flow_map_is_unchanged_at_r_equal_t(config):
 def test_one_time_a_clip_is_the_same_time_for_every_frame():
     net, (z, t, r, text) = network(), inputs()
     frames = lambda time: time[:, None].expand(-1, z.shape[1])
-    torch.testing.assert_close(net(z, frames(t), frames(r), text), net(z, t, r, text), rtol=1e-4, atol=1e-5)
+    u = net(z, frames(t), frames(r), text)
+    torch.testing.assert_close(u, net(z, t, r, text), rtol=1e-4, atol=1e-5)
 
 
 def test_samples_of_a_batch_do_not_mix():
@@ -51,9 +54,11 @@ def test_samples_of_a_batch_do_not_mix():
 def test_every_input_matters():
     net, (z, t, r, text) = network(), inputs()
     base = net(z, t, r, text)
-    for changed in ((z.flip(1), t, r, text), (z, t * 0.9, r, text), (z, t, r * 0.5, text), (z, t, r, -text)):
+    others = [(z.flip(1), t, r, text), (z, t * 0.9, r, text), (z, t, r * 0.5, text),
+              (z, t, r, -text)]
+    for changed in others:
         assert (net(*changed) - base).abs().max() > 1e-3
-    order = torch.tensor([4, 1, 0, 3, 2])                               # prompt tokens are a set to cross-attention
+    order = torch.tensor([4, 1, 0, 3, 2])                   # prompt tokens are a set
     torch.testing.assert_close(net(z, t, r, text[:, order]), base, rtol=1e-4, atol=1e-5)
 
 
@@ -80,11 +85,12 @@ def test_output_skip_is_the_exact_flow_map_of_gaussian_data(std):
     net = FlowMapDiT(config).init_weights(generator("init"))            # zero head: the skip alone
     z, t, r, text = inputs(config)
     scale = lambda t: (t**2 + std**2 * (1 - t) ** 2).sqrt()[:, None, None, None, None]
-    torch.testing.assert_close(flow_map(conditioned(net, text), z, t, r), z * scale(r) / scale(t), rtol=1e-4, atol=1e-5)
+    z_r = flow_map(conditioned(net, text), z, t, r)
+    torch.testing.assert_close(z_r, z * scale(r) / scale(t), rtol=1e-4, atol=1e-5)
 
 
 def test_gate_is_a_convex_mix():
-    """With E' = E the mixed embedding is E's at equal times for every gate: its norm cannot leave what E produces."""
+    """With E' = E the mixed embedding is E's at equal times, for every gate."""
     z, t, _, text = inputs()
     state = wan.as_flow_map(network(replace(SMALL, second_time=False)).state_dict())
     outputs = []
@@ -107,8 +113,9 @@ def test_wrong_latents_are_named():
 
 
 def test_in_bf16_small_differences_survive_where_no_backward_pass_comes():
-    """dF/dt, and the velocities of two networks that are 2 % apart, against fp32 with the same bf16 weights: at most a quarter of
-    the error that rounding between blocks makes, which is what calls with a backward pass do."""
+    """dF/dt, and the velocities of two networks that are 2 % apart, against fp32 with the same bf16
+    weights: at most a quarter of the error that rounding between blocks makes, which is what calls
+    with a backward pass do."""
     config, g = replace(SMALL, layers=6, dim=96, ffn_dim=384, time_scale=50.0), generator("bf16")
     net = FlowMapDiT(config).init_weights(g)
     with torch.no_grad():
@@ -116,22 +123,28 @@ def test_in_bf16_small_differences_survive_where_no_backward_pass_comes():
             if p.ndim > 1 and ("head" in name or "time_embed" in name):
                 p.normal_(std=p.shape[1] ** -0.5, generator=g)
         state = {name: p.bfloat16().float() for name, p in net.state_dict().items()}
-        other = {name: (p + 0.01 * p.std() * torch.randn(p.shape, generator=g)).bfloat16().float() if p.ndim > 1 else p
-                 for name, p in state.items()}
+        other = dict(state)
+        for name, p in state.items():
+            if p.ndim > 1:
+                p = p + 0.01 * p.std() * torch.randn(p.shape, generator=g)
+                other[name] = p.bfloat16().float()
     (z, t, r, text), (v, _, _, _) = inputs(config, batch=8), inputs(config, batch=8, seed=1)
 
     def answers(bf16: bool, grad: bool):
         nets = [FlowMapDiT(config), FlowMapDiT(config)]
         for net, weights in zip(nets, (state, other)):
             net.load_state_dict(weights)
-        nets = [net.bfloat16() if bf16 else net for net in nets]
-        def u(net):
-            def call(z, t, r):
-                with torch.set_grad_enabled(grad):
-                    return net(z, t, r, text).detach()
-            return call
-        return meanflow.finite_difference(u(nets[0]), z, t, r, v, 0.005), u(nets[1])(z, t, t) - u(nets[0])(z, t, t)
+            if bf16:
+                net.bfloat16()
+
+        def u(net, z, t, r):
+            with torch.set_grad_enabled(grad):
+                return net(z, t, r, text).detach()
+        dF_dt = meanflow.finite_difference(partial(u, nets[0]), z, t, r, v, 0.005)
+        return dF_dt, u(nets[1], z, t, t) - u(nets[0], z, t, t)
     exact = answers(False, False)
     assert all(torch.equal(a, b) for a, b in zip(exact, answers(False, True)))
     for kept, rounded, expected in zip(answers(True, False), answers(True, True), exact):
-        assert (kept - expected).norm() < 0.25 * (rounded - expected).norm() and (kept - expected).norm() < 0.1 * expected.norm()
+        error = (kept - expected).norm()
+        assert error < 0.25 * (rounded - expected).norm()
+        assert error < 0.1 * expected.norm()

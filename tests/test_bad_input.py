@@ -237,7 +237,7 @@ def test_one_line_names_the_offender_and_the_remedy(folder, monkeypatch, capsys,
 
 @pytest.mark.parametrize("processes, argv, words", [
     (1, ["train.py", "--data", "shape"], ["train.py: error: --data shape", "nearest: shapes"]),
-    (1, ["sample.py", *RUN, "--prompt", "a red cirkle"], ["sample.py: error: unknown words: 'cirk"]),
+    (1, ["sample.py", *RUN, "--prompt", "a red cirkle"], ["sample.py: error: unknown word"]),
     (3, ["train.py", *TINY], ["train.py: error: --batch-size 8 is not a multiple of 6: 3 proc"])])
 def test_as_a_command(folder, processes, argv, words):
     """The same from a shell; and with a number of processes that does not divide the batch."""

@@ -20,6 +20,7 @@ import eval as evaluation
 import sample
 import train
 import wan
+from config import STAGES
 from test_wan import PLAIN, SMALL, renamed
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +44,7 @@ class Code:
 def folder(tmp_path_factory):
     """A finished run and a causal one, clips, shards, weights, and broken ones of each."""
     folder = tmp_path_factory.mktemp("bad")
-    for stage in train.STAGES:
+    for stage in STAGES:
         for run, flags in (("run", []), ("causal", ["--causal", "--full-chunks", "2"])):
             train.main([*TWO, str(folder / run), "--stage", stage, *flags])
     (folder / "half").mkdir()

@@ -1,7 +1,7 @@
 """Gaussian data, for which the velocity, the flow map and the average velocity are known exactly.
 
-x ~ N(mean, std^2) in every coordinate: z_t ~ N((1 - t) mean, S(t)^2) with S(t)^2 = (1 - t)^2 std^2 + t^2, and the flow
-keeps a point's standard score: (z_t - (1 - t) mean) / S(t) is constant along a path.
+x ~ N(mean, std^2) in every coordinate: z_t ~ N((1 - t) mean, S(t)^2) with S(t)^2 = (1 - t)^2 std^2
++ t^2, and the flow keeps a point's standard score: (z_t - (1 - t) mean) / S(t) is constant.
 """
 import torch
 
@@ -17,7 +17,8 @@ class Gaussian:
 
     def velocity(self, z, t):
         t = expand(t, z)
-        return -self.mean + (t - (1 - t) * self.std**2) / self.scale(t) ** 2 * (z - (1 - t) * self.mean)
+        slope = (t - (1 - t) * self.std**2) / self.scale(t) ** 2
+        return -self.mean + slope * (z - (1 - t) * self.mean)
 
     def map(self, z, t, r):
         t, r = expand(t, z), expand(r, z)
@@ -35,7 +36,7 @@ class Gaussian:
 
 
 def on_path(gaussian: Gaussian, z_t, t):
-    """Endpoints (x, n) of the straight line that passes z_t at t with the marginal velocity: with them the losses see
-    the marginal velocity in place of one sample's."""
+    """Endpoints (x, n) of the straight line that passes z_t at t with the marginal velocity: with
+    them the losses see it in place of one sample's."""
     v = gaussian.velocity(z_t, t)
     return z_t - expand(t, z_t) * v, z_t + expand(1 - t, z_t) * v

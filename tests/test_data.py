@@ -1,4 +1,4 @@
-"""data.py, toys.py: clips are pure functions of (seed, index), can be read back, and survive the two stand-in encoders."""
+"""data.py, toys.py, stand-ins: clips are functions of (seed, index) and can be read back."""
 import json
 
 import imageio.v3 as imageio
@@ -15,7 +15,7 @@ TOYS = ("shapes", "loop", "digits")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Small tensors on a busy machine: a second thread mostly waits, which makes these tests several times slower."""
+    """Small tensors on a busy machine: a second thread mostly waits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +52,7 @@ def test_attributes_read_back_and_nearest_clip_is_close(name, frames, size):
         assert (truth[key] == seen[key]).float().mean() >= 0.99, key
     near = data.nearest(video)
     assert psnr(video, near).mean() >= 35 and psnr(video, near).min() >= 25
-    # A swap of attributes must show: played backwards, every clip moves the other way and looks the same.
+    # A swap of attributes must show: played backwards, every clip moves the other way.
     back = data.read(video.flip(1))
     opposite = torch.tensor([1, 0, 3, 2])[truth["direction"]]
     assert (back["direction"] == opposite).float().mean() >= 0.99
@@ -68,27 +68,29 @@ def test_readers_bear_mild_noise_and_degenerate_clips(name):
     for key in truth:
         assert (truth[key] == seen[key]).float().mean() >= 0.97, key
     noise = 3 * torch.randn(4, *video.shape[1:], generator=torch.Generator().manual_seed(1))
-    for clip in (noise, torch.full_like(noise, -1), torch.full_like(noise, 1), torch.full_like(noise, torch.nan),
-                 video[:0]):
-        seen, near = data.read(clip), data.nearest(clip)
+    flat = [torch.full_like(noise, level) for level in (-1, 1, torch.nan)]
+    for clip in (noise, *flat, video[:0]):
+        found, near = data.read(clip), data.nearest(clip)
         assert near.shape == clip.shape and near.isfinite().all()
         for key, values in data.attributes.items():
-            assert seen[key].shape == (len(clip),) and ((seen[key] >= 0) & (seen[key] < len(values))).all()
+            assert found[key].shape == (len(clip),)
+            assert ((found[key] >= 0) & (found[key] < len(values))).all()
 
 
 @pytest.mark.parametrize("name", TOYS)
 def test_captions_cover_the_attributes_and_can_be_chosen(name):
     data = open_data(name)
-    assert len(set(data.captions)) == len(data.captions) == {"shapes": 48, "loop": 48, "digits": 40}[name]
+    count = 40 if name == "digits" else 48
+    assert len(set(data.captions)) == len(data.captions) == count
     video, captions = data.clips(range(len(data.captions)), captions=data.captions)
     assert captions == data.captions
     truth = data.labels(captions)
-    for caption, *labels in zip(captions, *(t.tolist() for t in truth.values())):
-        assert all(values[i] in caption.split() for values, i in zip(data.attributes.values(), labels))
+    for key, values in data.attributes.items():
+        assert all(values[i] in caption.split() for i, caption in zip(truth[key], captions))
     assert all(torch.equal(data.read(video)[key], truth[key]) for key in truth)
     drawn = data.clips(range(1000))[1]
     assert set(drawn) == set(data.captions)                      # all are drawn ...
-    assert max(map(drawn.count, set(drawn))) < 3 * 1000 / len(data.captions)        # ... about evenly
+    assert max(map(drawn.count, set(drawn))) < 3 * 1000 / count  # ... about evenly
     with pytest.raises(ValueError, match="nearest known"):
         data.clips([0], captions=[data.captions[0] + "s"])
     with pytest.raises(ValueError, match="one for each"):
@@ -101,7 +103,7 @@ def test_a_shape_stays_inside_and_travels_the_same_share_of_the_picture(frames, 
     video, captions = data.clips(range(48), captions=data.captions)
     ink = (video.amax(2) + 1) / 2                                # (B, T, H, W)
     mass = ink.sum((2, 3))
-    assert (mass.std(1, correction=0) / mass.mean(1)).max() < 0.05      # nothing is cut off on the way
+    assert (mass.std(1, correction=0) / mass.mean(1)).max() < 0.05   # nothing is cut off on the way
     pixel = torch.arange(size) + 0.5
     centre = torch.stack([ink.sum(2) @ pixel, ink.sum(3) @ pixel], -1) / mass[..., None]
     heading = torch.tensor([DIRECTIONS[c.split()[-1]] for c in captions])
@@ -125,16 +127,16 @@ def test_patch_pca_keeps_the_picture_and_its_spectrum():
     channel = z.transpose(1, 2).transpose(0, 1).flatten(1)       # (C, values)
     assert channel.mean(1).abs().max() < 1e-4 and abs(z.var() - 1) < 1e-3
     variance = channel.var(1)
-    assert (variance.diff() <= 1e-5).all() and variance[0] > 10 * variance[-1]     # decaying, not whitened
+    # The spectrum decays: it is not whitened.
+    assert (variance.diff() <= 1e-5).all() and variance[0] > 10 * variance[-1]
     for video in (train, test):
-        lost = (pca.decode(pca.encode(video)) - video).square().mean() / (video - video.mean((0, 1, 3, 4),
-                                                                                         keepdim=True)).square().mean()
-        assert lost < 0.03
+        lost = (pca.decode(pca.encode(video)) - video).square().mean()
+        assert lost < 0.03 * (video - video.mean((0, 1, 3, 4), keepdim=True)).square().mean()
     assert psnr(pca.decode(pca.encode(test)), test).mean() > 22
-    full = PatchPCA.fit(train, channels=96)                      # all components: nothing is lost, order included
+    full = PatchPCA.fit(train, channels=96)                      # all components: nothing is lost
     assert torch.allclose(full.decode(full.encode(test)), test, atol=1e-3)
     assert pca.decode(z * 100).abs().max() <= 1
-    assert all(tensor.is_contiguous() for tensor in pca.state().values())          # safetensors asks for that
+    assert all(x.is_contiguous() for x in pca.state().values())  # safetensors asks for that
     again = PatchPCA.from_state(pca.state())
     assert torch.equal(again.encode(test), pca.encode(test)) and again.patch == (2, 4, 4)
     assert torch.equal(PatchPCA.fit(train).basis, pca.basis)
@@ -146,7 +148,7 @@ def test_patch_pca_places_patches():
     """A lit patch moves the latents of its own place and frame only."""
     pca = PatchPCA.fit(open_data("shapes").clips(range(32))[0])
     dark, lit = torch.full((1, 8, 3, 16, 16), -1.0), torch.full((1, 8, 3, 16, 16), -1.0)
-    lit[:, 5, :, 9, 2] = 1                                       # frame 5 -> F 2, row 9 -> h 2, column 2 -> w 0
+    lit[:, 5, :, 9, 2] = 1                # frame 5 -> F 2, row 9 -> h 2, column 2 -> w 0
     moved = (pca.encode(lit) - pca.encode(dark)).abs().amax(2)[0] > 1e-3
     assert moved.nonzero().tolist() == [[2, 2, 0]]
 
@@ -168,7 +170,8 @@ def test_words():
     assert torch.allclose(text[0, :3].square().mean(1), torch.ones(3))
     # A vector belongs to its word, whatever else is in the vocabulary.
     assert torch.equal(Words(["red"])(["red"])[0, 0], text[0, 1])
-    with pytest.raises(ValueError, match="'circel' .nearest known: 'circle'.*'ret' .nearest known: 'red'"):
+    near = "'circel' .nearest known: 'circle'.*'ret' .nearest known: 'red'"
+    with pytest.raises(ValueError, match=near):
         words(["a ret circel"])
     with pytest.raises(ValueError, match="at most 5"):
         words(["a a a a a a"])
@@ -178,9 +181,11 @@ def test_words():
 def folder(tmp_path):
     for i, name in enumerate(("a.mp4", "b.mp4", "c.gif", "d.gif")):
         # GIF writers merge equal frames, so the grey level moves a little.
-        video = np.full((6, 32, 64, 3), 40 * i + 20, np.uint8) + np.arange(6, dtype=np.uint8)[:, None, None, None]
+        video = np.full((6, 32, 64, 3), 40 * i + 20, np.uint8)
+        video += np.arange(6, dtype=np.uint8)[:, None, None, None]
         video[:, :, :8] = video[:, :, -8:] = 255                 # beyond the square crop
-        imageio.imwrite(tmp_path / name, video, **({"fps": 8} if name.endswith("mp4") else {"duration": 100}))
+        rate = {"fps": 8} if name.endswith("mp4") else {"duration": 100}
+        imageio.imwrite(tmp_path / name, video, **rate)
     (tmp_path / "a.txt").write_text("first\n")
     (tmp_path / "c.txt").write_text("third")
     rows = [{"file": "b.mp4", "caption": "second"}, {"file": "d.gif", "caption": "fourth"},
@@ -225,8 +230,8 @@ def test_folder_names_and_skips_what_it_cannot_use(folder, capfd):
     data = open_data(str(folder), frames=4)
     said = capfd.readouterr().err
     assert len(data) == 4
-    for name in ("corrupt.mp4", "corrupt.gif", "empty.mp4", "short.mp4: 2 frames, 4 needed", "silent.mp4: no caption",
-                 "missing.mp4", "line 5"):
+    for name in ("corrupt.mp4", "corrupt.gif", "empty.mp4", "short.mp4: 2 frames, 4 needed",
+                 "silent.mp4: no caption", "missing.mp4", "line 5"):
         assert name in said
     assert "4 clips usable, 5 skipped" in said
 

@@ -1,4 +1,5 @@
-"""From a folder of videos to a clip in Diffusers, on tiny random models in the real layouts: encode, three stages, export."""
+"""From a folder of videos to a clip in Diffusers: encode, three stages, export. On tiny random
+models in the real layouts."""
 import json
 
 import imageio.v3 as iio
@@ -14,44 +15,79 @@ import sample
 import train
 import wan
 from cache import teacher_forced
+from config import STAGES, parse_config
 from model import FlowMapDiT
 from pipeline import fit
 
 pytest.importorskip("diffusers", minversion="0.42")
 pytest.importorskip("transformers")
 CAPTIONS = ["a red ball rolls", "a blue ball rolls", "a red box falls"]
-SIZE = ["--frames", "9", "--height", "32", "--width", "64"]
+SMALL = "--frames 9 --height 32 --width 64".split()
+
+
+def flags_of(text: str, *values) -> list[str]:
+    """The words of `text`, and then the values, which may hold spaces."""
+    return [*text.split(), *map(str, values)]
+
+
+def trained(run, stage: str, shards, *flags):
+    """A stage of two updates, on shards."""
+    text = f"--preset wan-1.3b --stage {stage} --data {shards} --run-dir {run} --steps 2"
+    argv = flags_of(f"{text} --batch-size 2 --no-bf16", *flags)
+    return train.train(parse_config(argv))
+
+
+def clip_of(pipeline, caption: str, seed: int, grid, *args, **options) -> torch.Tensor:
+    """Latents (1, F, C, h, w)."""
+    return torch.cat(list(sample.latents(pipeline, [caption], [seed], grid, *args, **options)), 1)
+
+
+def close(a, b, rtol=1e-4, atol=1e-4):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def normal(shape, *keys) -> torch.Tensor:
+    return torch.randn(*shape, generator=distributed.generator(*keys))
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A Wan2.1 pipeline folder: tokenizer, UMT5 encoder, autoencoder and transformer, all tiny and random."""
+    """A Wan2.1 pipeline folder, all tiny and random."""
     import diffusers
     import tokenizers
     import transformers
     folder = tmp_path_factory.mktemp("wan")
-    words = ["<pad>", "</s>", "<unk>", *sorted({word for caption in CAPTIONS for word in caption.split()})]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                                     unk_token="<unk>")
+    known = sorted({word for caption in CAPTIONS for word in caption.split()})
+    places = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *known])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(places, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>",
+        unk_token="<unk>").save_pretrained(folder / "tokenizer")
     torch.manual_seed(0)
-    config = transformers.UMT5Config(vocab_size=len(words), d_model=20, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    parts = {
-        "tokenizer": tokenizer, "text_encoder": transformers.UMT5EncoderModel(config),
-        "vae": diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                                          temperal_downsample=[False, True, True]),
-        "transformer": diffusers.WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24,
-                                                       in_channels=16, out_channels=16, text_dim=20, freq_dim=32,
-                                                       ffn_dim=64, num_layers=2, cross_attn_norm=True)}
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
+    transformers.UMT5EncoderModel(transformers.UMT5Config(
+        vocab_size=len(places), d_model=20, d_kv=8, d_ff=32, num_layers=2,
+        num_heads=2)).save_pretrained(folder / "text_encoder")
+    diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False, True, True]).save_pretrained(folder / "vae")
+    tiny_transformer().save_pretrained(folder / "transformer")
     (folder / "model_index.json").write_text(json.dumps({
         "_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "vae": ["diffusers", "AutoencoderKLWan"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
         "transformer": ["diffusers", "WanTransformer3DModel"]}))
     return folder
+
+
+def tiny_transformer(**options):
+    import diffusers
+    sizes = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=16,
+                 out_channels=16, text_dim=20, freq_dim=32, ffn_dim=64, num_layers=2,
+                 cross_attn_norm=True)
+    return diffusers.WanTransformer3DModel(**(sizes | options))
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +103,13 @@ def videos(tmp_path_factory):
 
 
 def encode(base, videos, out, *flags):
-    data.main(["encode", "--videos", str(videos), "--base", str(base), "--out", str(out), *SIZE, "--text-length", "8",
-               "--clips-per-shard", "2", "--dtype", "float32", *flags])
+    data.main([*encode_flags(base, videos, out), "--clips-per-shard", "2", *flags])
     return out
+
+
+def encode_flags(base, videos, out) -> list[str]:
+    return flags_of(f"encode --videos {videos} --base {base} --out {out} --text-length 8 --dtype "
+                    f"float32", *SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +122,21 @@ def test_shards_hold_what_the_encoders_say(base, videos, shards, capsys):
     assert len(found) == 3 and found.latent_shape == (3, 16, 4, 8) and found.text_shape == (8, 20)
     latents, text, _ = found.draw(range(3), seed=5)
     codec, words = encoders.WanCodec(base), encoders.WanText(base, length=8)
-    rows = [torch.where((text == words([caption])).all(2).all(1))[0].item() for caption in CAPTIONS]
+    rows = [(text == words([caption])).all(2).all(1).nonzero().item() for caption in CAPTIONS]
     assert sorted(rows) == [0, 1, 2]
-    for row, i in zip(rows, range(3)):
+    for i, row in enumerate(rows):
         video = data.read_clip(videos / f"{i}.mp4", 9, 32, 64, 16)[None].float() / 127.5 - 1
-        torch.testing.assert_close(latents[row], codec.encode(video)[0], rtol=1e-4, atol=1e-4)
-    assert not text[rows[0], 5:].any() and text[rows[0], :5].any(1).all()           # zero after the prompt's 4 words and </s>
+        close(latents[row], codec.encode(video)[0])
+    # Zero after the prompt's 4 words and </s>.
+    assert not text[rows[0], 5:].any() and text[rows[0], :5].any(1).all()
     data.main(["check", str(shards)])
     assert "3 clips" in capsys.readouterr().out
 
 
-def test_encoding_goes_on_where_it_was_killed_and_in_parts(base, videos, shards, tmp_path, capsys, monkeypatch):
-    flags = ["encode", "--videos", str(videos), "--base", str(base), "--out", str(tmp_path / "out"), *SIZE, "--text-length", "8",
-             "--clips-per-shard", "1", "--dtype", "float32"]
+def test_encoding_goes_on_where_it_was_killed_and_in_parts(base, videos, shards, tmp_path, capsys,
+                                                           monkeypatch):
+    out = tmp_path / "out"
+    flags = [*encode_flags(base, videos, out), "--clips-per-shard", "1"]
     encode, calls = encoders.WanCodec.encode, []
 
     def killed(self, video):
@@ -105,7 +147,7 @@ def test_encoding_goes_on_where_it_was_killed_and_in_parts(base, videos, shards,
     monkeypatch.setattr(encoders.WanCodec, "encode", killed)
     with pytest.raises(KeyboardInterrupt):
         data.main(flags)
-    assert not (tmp_path / "out" / "manifest.json").exists() and len(list((tmp_path / "out").glob("part-*.safetensors"))) == 2
+    assert not (out / "manifest.json").exists() and len(list(out.glob("part-*.safetensors"))) == 2
     data.main(flags)
     assert len(calls) == 4                                       # only the third clip was left
     assert "skipped broken.mp4" in capsys.readouterr().err
@@ -113,9 +155,10 @@ def test_encoding_goes_on_where_it_was_killed_and_in_parts(base, videos, shards,
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         data.main([*flags, "--out", str(tmp_path / "two")])      # the last --out counts
-    for folder in ("out", "two"):
-        mine, whole = (sorted(s.draw(range(3))[0].flatten(1).sum(1).tolist()) for s in (data.Shards(tmp_path / folder), data.Shards(shards)))
-        assert mine == pytest.approx(whole, rel=1e-4)
+    sums = {folder: sorted(data.Shards(folder).draw(range(3))[0].flatten(1).sum(1).tolist())
+            for folder in (out, tmp_path / "two", shards)}
+    assert sums[out] == pytest.approx(sums[shards], rel=1e-4)
+    assert sums[tmp_path / "two"] == pytest.approx(sums[shards], rel=1e-4)
 
 
 def test_damaged_shards_are_named(shards, tmp_path):
@@ -133,53 +176,63 @@ def test_damaged_shards_are_named(shards, tmp_path):
 
 @pytest.mark.parametrize("rank", ["0", "4"])
 @pytest.mark.parametrize("flags", [[], ["--causal", "--chunks", "1,1,1", "--full-chunks", "2"]])
-def test_three_stages_export_and_the_same_latents_in_diffusers(base, videos, tmp_path, flags, rank, capsys):
-    """Frames of 128 tokens for the causal network: with others Diffusers' cached step pads with zero keys (LOG.md)."""
+def test_three_stages_export_and_the_same_latents_in_diffusers(base, videos, tmp_path, flags, rank,
+                                                               capsys):
+    """Frames of 128 tokens for the causal network: else Diffusers' cached step pads with zero keys
+    (LOG.md)."""
     import diffusers
-    run, (height, width) = tmp_path / "run", (128, 256) if flags else (32, 64)
-    size = ["--height", str(height), "--width", str(width)]
+    run, height, width = tmp_path / "run", 32, 64
+    if flags:
+        height, width = 128, 256
+    size = flags_of(f"--height {height} --width {width}")
     shards = encode(base, videos, tmp_path / "shards", *size)
-    for stage in train.STAGES:
-        start = ["--base", str(base)] if stage == "pretrain" else []
-        train.train(train.parse_config(["--preset", "wan-1.3b", "--stage", stage, "--data", str(shards), "--run-dir", str(run),
-                                        "--steps", "2", "--batch-size", "2", "--no-bf16", "--lr", "1e-3", "--lora-rank", rank, *start, *flags]))
+    for stage in STAGES:
+        start = ["--base", base] if stage == "pretrain" else []
+        trained(run, stage, shards, "--lr", "1e-3", "--lora-rank", rank, *start, *flags)
     out = wan.export(run / "distill", tmp_path / "out", base)
-    pipe = (diffusers.AnyFlowFARPipeline if flags else diffusers.AnyFlowPipeline).from_pretrained(out)
+    theirs = diffusers.AnyFlowFARPipeline if flags else diffusers.AnyFlowPipeline
+    pipe = theirs.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
     ours = sample.load_pipeline(run / "distill", base=base)
     again = sample.load_pipeline(out, base=base, frames=9, height=height, width=width)
-    assert (again.chunks, again.latent_shape, again.config["full_chunks"]) == (ours.chunks, ours.latent_shape, 2 if flags else 0)
+    assert (again.chunks, again.latent_shape) == (ours.chunks, ours.latent_shape)
+    assert again.config["full_chunks"] == (2 if flags else 0)
     ours.words.length = 512
     z, grid = distributed.noise(ours.latent_shape, "sample", slots=[7]), flowmap.time_grid(2, 5.0)
-    video = pipe(prompt=CAPTIONS[0], output_type="pt", latents=z.transpose(1, 2), height=height, width=width, num_frames=9,
-                 num_inference_steps=2).frames
+    video = pipe(prompt=CAPTIONS[0], output_type="pt", latents=z.transpose(1, 2), height=height,
+                 width=width, num_frames=9, num_inference_steps=2).frames
     mine = sample.generate(ours, [CAPTIONS[0]], [7], grid)
     assert mine.shape == (1, 9, 3, height, width) == video.shape
-    torch.testing.assert_close(mine, video * 2 - 1, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(sample.generate(again, [CAPTIONS[0]], [7], grid), mine, rtol=1e-3, atol=1e-3)     # merged, and apart
+    close(mine, video * 2 - 1, 1e-3, 1e-3)
+    merged = sample.generate(again, [CAPTIONS[0]], [7], grid)
+    close(merged, mine, 1e-3, 1e-3)
     # The same from the command line, from the exported folder, and streamed.
-    sample.main(["--ckpt", str(out), "--base", str(base), "--frames", "9", *size, "--steps", "2",
-                 "--prompt", CAPTIONS[0], "--out", str(tmp_path / "clip.mp4"), "--stream"])
-    assert iio.imread(tmp_path / "clip.mp4").shape[0] == 9 and "first chunk after" in capsys.readouterr().out
+    sample.main(flags_of(f"--ckpt {out} --base {base} --frames 9 --steps 2 --stream --out "
+                         f"{tmp_path / 'clip.mp4'} --prompt", CAPTIONS[0], *size))
+    assert iio.imread(tmp_path / "clip.mp4").shape[0] == 9
+    assert "first chunk after" in capsys.readouterr().out
 
 
 def test_far_weights_without_a_config_have_the_released_chunks(base, tmp_path):
-    """As in AnyFlow's own training checkpoints: tensors under `ema`, in Diffusers' layout, and nothing that says how long chunks
-    are. Sampled and exported as the causal network that they are."""
+    """As in AnyFlow's own training checkpoints: tensors under `ema`, in Diffusers' layout, and
+    nothing that says how long chunks are. Sampled and exported as the causal network they are."""
     import diffusers
+    file, size = tmp_path / "weights.pt", {"base": base, "height": 32, "width": 64}
     config, state = wan.load(base, second_time=True, compressed=True)
-    torch.save({"ema": {wan.their_name(name, "diffusers"): state[name] for name in state}, "step": 1}, tmp_path / "weights.pt")
+    ema = {wan.their_name(name, "diffusers"): state[name] for name in state}
+    torch.save({"ema": ema, "step": 1}, file)
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
-    ours = sample.load_pipeline(tmp_path / "weights.pt", base=base, height=32, width=64)
+    ours = sample.load_pipeline(file, **size)
     assert ours.chunks == (1, 3, 3, 3, 3, 3, 3, 2) and ours.config["full_chunks"] == 3
-    assert sample.load_pipeline(tmp_path / "weights.pt", base=base, frames=29, height=32, width=64).chunks == (1, 3, 3, 1)
-    out = wan.export(tmp_path / "weights.pt", tmp_path / "out", base)
+    assert sample.load_pipeline(file, frames=29, **size).chunks == (1, 3, 3, 1)
+    out = wan.export(file, tmp_path / "out", base)
     pipe = diffusers.AnyFlowFARPipeline.from_pretrained(out)
     assert type(pipe.transformer) is diffusers.AnyFlowFARTransformer3DModel
     assert pipe.transformer.config.chunk_partition == [1, 3, 3, 3, 3, 3, 3, 2]
     # What a scheduler and a config beside the weights say counts.
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "FlowMapEulerDiscreteScheduler", "shift": 3.0}))
-    assert sample.load_pipeline(out, base=base, height=32, width=64).config["shift"] == 3.0
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(
+        {"_class_name": "FlowMapEulerDiscreteScheduler", "shift": 3.0}))
+    assert sample.load_pipeline(out, **size).config["shift"] == 3.0
     own = json.loads((out / "transformer" / "config.json").read_text())
     (out / "transformer" / "config.json").write_text(json.dumps(own | {"deltatime_type": "t-r"}))
     with pytest.raises(ValueError, match="second time is 't-r'"):
@@ -188,104 +241,109 @@ def test_far_weights_without_a_config_have_the_released_chunks(base, tmp_path):
 
 def test_shards_of_other_settings_do_not_mix(base, videos, shards, tmp_path, capsys):
     encode(base, videos, tmp_path / "out")
-    for flags, message in ((["--fps", "8"], "was begun with fps = 16, not 8.0"), (["--frames", "5"], "was begun with frames = 9, not 5")):
+    for flags, message in (("--fps 8", "was begun with fps = 16, not 8.0"),
+                           ("--frames 5", "was begun with frames = 9, not 5")):
         with pytest.raises(SystemExit):
-            encode(base, videos, tmp_path / "out", *flags)
+            encode(base, videos, tmp_path / "out", *flags.split())
         assert message in capsys.readouterr().err
     assert len(data.Shards(tmp_path / "out")) == 3
 
 
 def test_an_adapter_alone_is_loaded_by_diffusers(base, shards, tmp_path):
-    """The base as a flow map and the adapter as a LoRA file: the same latents as the merged weights."""
+    """The base as a flow map, the adapter as a LoRA file: the latents of the merged weights."""
     import diffusers
     pytest.importorskip("peft")
     run = tmp_path / "run"
-    for stage in train.STAGES[:2]:
-        start = ["--base", str(base)] if stage == "pretrain" else []
-        train.train(train.parse_config(["--preset", "wan-1.3b", "--stage", stage, "--data", str(shards), "--run-dir", str(run),
-                                        "--lora-rank", "4", "--lora-alpha", "12", "--steps", "3", "--batch-size", "2", "--warmup", "0",
-                                        "--ema-start", "0", "--ema-decay", "0", "--no-bf16", "--lr", "3e-2", *start]))
-    wan.main(["export", str(base), "--to", str(tmp_path / "start"), "--base", str(base)])
-    wan.main(["export", str(run / "flowmap"), "--to", str(tmp_path / "lora.safetensors")])
-    wan.main(["export", str(run / "flowmap"), "--to", str(tmp_path / "merged"), "--base", str(base)])
+    flags = flags_of("--lora-rank 4 --lora-alpha 12 --steps 3 --lr 3e-2 --warmup 0 --ema-start 0 "
+                     "--ema-decay 0")
+    for stage in STAGES[:2]:
+        start = ["--base", base] if stage == "pretrain" else []
+        trained(run, stage, shards, *flags, *start)
+    wan.main(flags_of(f"export {base} --to {tmp_path / 'start'} --base {base}"))
+    wan.main(flags_of(f"export {run / 'flowmap'} --to {tmp_path / 'lora.safetensors'}"))
+    wan.main(flags_of(f"export {run / 'flowmap'} --to {tmp_path / 'merged'} --base {base}"))
     with pytest.raises(ValueError, match="is there already"):
         wan.export_adapter(run / "flowmap", tmp_path / "lora.safetensors")
-    plain, whole = (diffusers.AnyFlowPipeline.from_pretrained(tmp_path / name) for name in ("start", "merged"))
-    inputs = [torch.randn(1, 16, 3, 4, 8, generator=distributed.generator("z")), torch.tensor([700.0]),
-              torch.randn(1, 8, 20, generator=distributed.generator("text"))]
+    plain = diffusers.AnyFlowPipeline.from_pretrained(tmp_path / "start")
+    whole = diffusers.AnyFlowPipeline.from_pretrained(tmp_path / "merged")
 
     def velocity(pipe):
-        z, t, text = inputs
+        z, text = normal((1, 3, 16, 4, 8), "z"), normal((1, 8, 20), "text")
+        t = torch.full((1, 3), 700.0)
         with torch.no_grad():
-            return pipe.transformer(hidden_states=z.transpose(1, 2), timestep=t[:, None].expand(1, 3), r_timestep=t[:, None].expand(1, 3) / 2,
+            return pipe.transformer(hidden_states=z, timestep=t, r_timestep=t / 2,
                                     encoder_hidden_states=text, return_dict=False)[0]
     before = velocity(plain)
     plain.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    torch.testing.assert_close(velocity(plain), velocity(whole), rtol=1e-4, atol=1e-4)
+    close(velocity(plain), velocity(whole))
     assert (velocity(plain) - before).abs().max() > 1e-2
 
 
 def test_streamed_decoding_is_whole_decoding(base):
     codec = encoders.WanCodec(base)
-    latents = torch.randn(1, 5, 16, 4, 6, generator=distributed.generator("stream"))
+    latents = normal((1, 5, 16, 4, 6), "stream")
     decode = codec.decoder()
     pieces = [decode(part) for part in latents.split([1, 2, 2], 1)]
     assert [piece.shape[1] for piece in pieces] == [1, 8, 8]
-    torch.testing.assert_close(torch.cat(pieces, 1), codec.decode(latents), rtol=1e-4, atol=1e-5)
+    close(torch.cat(pieces, 1), codec.decode(latents), atol=1e-5)
 
 
 def test_a_teacher_makes_the_shards_that_it_is_distilled_on(base, tmp_path, capsys):
     prompts, out = tmp_path / "prompts.json", tmp_path / "shards"
     prompts.write_text(json.dumps([{"prompt_en": CAPTIONS[0]}, CAPTIONS[1]]))
-    flags = ["--ckpt", str(base), "--base", str(base), "--frames", "9", "--height", "32", "--width", "64", "--steps", "2",
-             "--prompts", str(prompts), "--per-prompt", "2"]
+    flags = flags_of(f"--ckpt {base} --base {base} --steps 2 --prompts {prompts} --per-prompt 2",
+                     *SMALL)
     sample.main([*flags, "--save-latents", str(out)])
     found = data.Shards(out)
     assert len(found) == 4 and found.latent_shape == (3, 16, 4, 8) and found.null_text.any()
     teacher = sample.load_pipeline(base, base=base, frames=9, height=32, width=64)
-    clip = torch.cat(list(sample.latents(teacher, [CAPTIONS[1]], [3], flowmap.time_grid(2, 5.0), guidance=5.0)), 1)
+    clip = clip_of(teacher, CAPTIONS[1], 3, flowmap.time_grid(2, 5.0), guidance=5.0)
     assert any(torch.equal(clip[0].bfloat16().float(), row) for row in found.draw(range(4))[0])
     sample.main([*flags, "--save-latents", str(out)])            # nothing is left to do
-    run = train.train(train.parse_config(["--preset", "wan-1.3b", "--data", str(out), "--base", str(base), "--run-dir",
-                                          str(tmp_path / "run"), "--steps", "1", "--batch-size", "2", "--no-bf16"]))
-    assert (run / "model.safetensors").exists()
+    stage = trained(tmp_path / "run", "pretrain", out, "--base", base)
+    assert (stage / "model.safetensors").exists()
     sample.main([*flags, "--vbench", "--out", str(tmp_path / "vbench")])
     assert sorted(file.name for file in (tmp_path / "vbench").iterdir()) == [
         f"{caption}-{i}.mp4" for caption in sorted(CAPTIONS[:2]) for i in range(2)]
 
 
 def test_causal_weights_of_others_are_sampled_chunk_by_chunk(base, tmp_path, monkeypatch):
-    """As Self-Forcing's: Wan's own layout in a training checkpoint, every past chunk in full, the consistency sampler; against
-    the network asked about the whole clip at once."""
+    """As Self-Forcing's: Wan's own layout in a training checkpoint, every past chunk in full, the
+    consistency sampler; against the network asked about the whole clip at once."""
     _, state = wan.load(base)
-    torch.save({"generator_ema": {f"model.{wan.their_name(name, 'wan')}": state[name] for name in state}}, tmp_path / "weights.pt")
+    ema = {f"model.{wan.their_name(name, 'wan')}": state[name] for name in state}
+    file = tmp_path / "weights.pt"
+    torch.save({"generator_ema": ema}, file)
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2}))
     chunks, grid = (1, 2, 2), flowmap.time_grid(3, 5.0)
-    ours = sample.load_pipeline(tmp_path / "weights.pt", base=base, height=32, width=64, chunks=chunks)
-    assert ours.chunks == chunks and ours.latent_shape == (5, 16, 4, 8) and ours.config["full_chunks"] == 0
-    mine = torch.cat(list(sample.latents(ours, [CAPTIONS[0]], [7], grid, "consistency")), 1)
-    clip, renoise = distributed.noise(ours.latent_shape, "sample", slots=[7]), distributed.noise_stream("renoise", slots=[7])
+    ours = sample.load_pipeline(file, base=base, height=32, width=64, chunks=chunks)
+    assert ours.chunks == chunks and ours.latent_shape == (5, 16, 4, 8)
+    assert ours.config["full_chunks"] == 0
+    mine = clip_of(ours, CAPTIONS[0], 7, grid, "consistency")
+    clip = distributed.noise(ours.latent_shape, "sample", slots=[7])
+    renoise = distributed.noise_stream("renoise", slots=[7])
     text, stop = ours.words([CAPTIONS[0]]), 0
     for i, frames in enumerate(chunks):
         start, stop = stop, stop + frames
-        whole = teacher_forced(ours.network, clip[:, :stop], text, chunks[:i + 1], 0)
+        past, whole = clip[:, :start], teacher_forced(ours.network, clip[:, :stop], text,
+                                                      chunks[:i + 1], 0)
         def u(z, t, r):
-            return ours.network(torch.cat([clip[:, :start], z], 1), t, r, whole)[:, start:]
+            return ours.network(torch.cat([past, z], 1), t, r, whole)[:, past.shape[1]:]
         clip[:, start:stop] = flowmap.consistency_sample(u, clip[:, start:stop], grid, renoise)
     assert (mine - clip).abs().max() < 1e-4 * clip.std()
-    flags = ["--base", str(base), "--height", "32", "--width", "64", "--steps", "2", "--prompt", CAPTIONS[0],
-             "--sampler", "consistency", "--out", str(tmp_path / "clip.mp4"), "--ckpt"]
-    calls = []
-    monkeypatch.setattr(FlowMapDiT, "forward", lambda *args, forward=FlowMapDiT.forward: calls.append(1) or forward(*args))
-    for more, length, expected in (([], 17, 6), (["--frames", "25"], 25, 8)):
+    calls, forward, out = [], FlowMapDiT.forward, tmp_path / "clip.mp4"
+    monkeypatch.setattr(FlowMapDiT, "forward", lambda *args: calls.append(1) or forward(*args))
+    for more, length, expected in (("", 17, 6), ("--frames 25", 25, 8)):
         calls.clear()
-        sample.main([*flags, str(tmp_path / "weights.pt"), "--chunks", "1,2,2", *more])
-        assert iio.imread(tmp_path / "clip.mp4").shape[0] == length and len(calls) == expected        # none for guidance
+        sample.main(flags_of(f"--base {base} --ckpt {file} --chunks 1,2,2 --height 32 --width 64 "
+                             f"--steps 2 --sampler consistency --out {out} {more} --prompt",
+                             CAPTIONS[0]))
+        assert iio.imread(out).shape[0] == length and len(calls) == expected   # none for guidance
 
 
 # --- image-to-video
 
-IMAGE = torch.randint(256, (32, 64, 3), dtype=torch.uint8, generator=distributed.generator("picture"))
+IMAGE = torch.randint(256, (32, 64, 3), generator=distributed.generator("picture")).byte()
 
 
 def with_parts(base, folder, **parts):
@@ -298,24 +356,18 @@ def with_parts(base, folder, **parts):
     return folder
 
 
-def tiny_transformer(**options):
-    import diffusers
-    torch.manual_seed(1)
-    return diffusers.WanTransformer3DModel(**dict(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16, text_dim=20, freq_dim=32,
-        ffn_dim=64, num_layers=2, cross_attn_norm=True) | options)
-
-
 @pytest.fixture(scope="module")
 def base_i2v(base, tmp_path_factory):
-    """As Wan2.1-I2V: a picture is given as CLIP's features and as latents beside those of the clip."""
+    """As Wan2.1-I2V: a picture is given as CLIP's features and as latents beside the clip's."""
     import transformers
     torch.manual_seed(2)
     clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
-        hidden_size=28, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8))
+        hidden_size=28, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        image_size=16, patch_size=8))
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    network = tiny_transformer(in_channels=36, image_dim=28, added_kv_proj_dim=48)
     return with_parts(base, tmp_path_factory.mktemp("i2v"), image_encoder=clip,
-                      image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16),
-                      transformer=tiny_transformer(in_channels=36, image_dim=28, added_kv_proj_dim=48))
+                      image_processor=processor, transformer=network)
 
 
 @pytest.fixture(scope="module")
@@ -324,50 +376,58 @@ def base_5b(base, tmp_path_factory):
     import diffusers
     torch.manual_seed(3)
     vae = diffusers.AutoencoderKLWan(
-        base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
-        is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.1] * 48,
-        latents_std=[1.5] * 48)
-    return with_parts(base, tmp_path_factory.mktemp("5b"), vae=vae, transformer=tiny_transformer(in_channels=48, out_channels=48))
+        base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False, True, True], is_residual=True, in_channels=12, out_channels=12,
+        patch_size=2, scale_factor_spatial=16, latents_mean=[0.1] * 48, latents_std=[1.5] * 48)
+    network = tiny_transformer(in_channels=48, out_channels=48)
+    return with_parts(base, tmp_path_factory.mktemp("5b"), vae=vae, transformer=network)
 
 
 @pytest.mark.parametrize("kind, height, width", [("i2v", 32, 64), ("5b", 64, 96)])
 def test_image_to_video_is_that_of_diffusers(request, tmp_path, kind, height, width):
-    """Same latents for the same noise, with guidance; and the command line makes a clip of its size, streamed or not."""
+    """Same latents for the same noise, with guidance; the command line makes a clip of its size."""
     import diffusers
     folder = request.getfixturevalue(f"base_{kind}")
     picture = tmp_path / "start.png"
     iio.imwrite(picture, IMAGE.numpy())
     ours = sample.load_pipeline(folder, base=folder, frames=9, height=height, width=width)
     assert ours.fps == (24 if kind == "5b" else 16)
-    options = ({"picture": sample.read_picture(ours, picture)} if kind == "i2v" else
-               {"given": sample.given_latents(ours, picture, True, ours.chunks)})
+    if kind == "i2v":
+        image, condition = sample.read_picture(ours, picture)
+        options, without = {"picture": (image, condition)}, {"picture": (image, 0 * condition)}
+        image_parts = {"image_encoder": ours.picture.encoder,
+                       "image_processor": ours.picture.processor}
+    else:
+        options, without, image_parts = {}, {}, {}
+        options["given"] = sample.given_latents(ours, picture, True, ours.chunks)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
-    image_parts = {"image_encoder": ours.picture.encoder, "image_processor": ours.picture.processor} if kind == "i2v" else {}
     pipe = diffusers.WanImageToVideoPipeline(
-        tokenizer=ours.words.tokenizer, text_encoder=ours.words.encoder, vae=ours.codec.vae, scheduler=scheduler,
-        transformer=diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer"), expand_timesteps=kind == "5b", **image_parts)
+        tokenizer=ours.words.tokenizer, text_encoder=ours.words.encoder, vae=ours.codec.vae,
+        transformer=diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer"),
+        scheduler=scheduler, expand_timesteps=kind == "5b", **image_parts)
     pipe.set_progress_bar_config(disable=True)
     z = distributed.noise(ours.latent_shape, "sample", slots=[7])
     import PIL.Image
-    expected = pipe(PIL.Image.fromarray(fit(ours, IMAGE.numpy()).permute(1, 2, 0).numpy()), CAPTIONS[0], encoders.NEGATIVE_PROMPT,
-                    height=height, width=width, num_frames=9, num_inference_steps=4, guidance_scale=3.0, latents=z.transpose(1, 2),
-                    output_type="latent").frames.transpose(1, 2)
+    start = PIL.Image.fromarray(fit(ours, IMAGE.numpy()).permute(1, 2, 0).numpy())
+    expected = pipe(start, CAPTIONS[0], encoders.NEGATIVE_PROMPT, height=height, width=width,
+                    num_frames=9, num_inference_steps=4, guidance_scale=3.0,
+                    latents=z.transpose(1, 2), output_type="latent").frames.transpose(1, 2)
     grid = scheduler.sigmas.tolist()
-    mine = torch.cat(list(sample.latents(ours, [CAPTIONS[0]], [7], grid, guidance=3.0, **options)), 1)
+    mine = clip_of(ours, CAPTIONS[0], 7, grid, guidance=3.0, **options)
     assert (mine - expected).abs().max() < 1e-4 * expected.std()
-    plain = {"given": None} if kind == "5b" else {"picture": (options["picture"][0], 0 * options["picture"][1])}
-    other = torch.cat(list(sample.latents(ours, [CAPTIONS[0]], [7], grid, guidance=3.0, **plain)), 1)
-    assert (mine - other).abs().max() > 1e-2 * expected.std()                   # the picture does count
-    flags = ["--ckpt", str(folder), "--base", str(folder), "--frames", "9", "--height", str(height), "--width", str(width), "--steps", "2",
-             "--prompt", CAPTIONS[0], "--image", str(picture), "--out", str(tmp_path / "clip.mp4")]
-    for more in ([], ["--stream"]):
-        sample.main([*flags, *more])
-        assert iio.imread(tmp_path / "clip.mp4").shape == (9, height * -(-128 // height), width * -(-128 // height), 3)[:4]
+    other = clip_of(ours, CAPTIONS[0], 7, grid, guidance=3.0, **without)
+    assert (mine - other).abs().max() > 1e-2 * expected.std()    # the picture does count
+    factor, out = 128 // height, tmp_path / "clip.mp4"           # sample.to_pixels magnifies
+    for more in ("", "--stream"):
+        sample.main(flags_of(f"--ckpt {folder} --base {folder} --frames 9 --height {height} "
+                             f"--width {width} --steps 2 --image {picture} --out {out} {more} "
+                             f"--prompt", CAPTIONS[0]))
+        assert iio.imread(out).shape == (9, height * factor, width * factor, 3)
 
 
 def test_a_given_first_frame_is_kept_and_the_network_sees_it_at_time_0(base_5b):
     ours = sample.load_pipeline(base_5b, base=base_5b, frames=9, height=64, width=96)
-    given, seen = torch.randn(1, 1, 48, 4, 6, generator=distributed.generator("given")), []
+    given, seen = normal((1, 1, 48, 4, 6), "given"), []
     hook = ours.network.register_forward_pre_hook(lambda net, args: seen.append(args))
     captions = CAPTIONS[:2]
     clips = torch.cat(list(sample.latents(ours, captions, [1, 2], [1.0, 0.5, 0.0], given=given)), 1)
@@ -387,19 +447,22 @@ def test_the_autoencoder_of_wan22_both_ways_streamed_and_in_tiles(base_5b):
     torch.testing.assert_close(z, (expected - 0.1) / 1.5)
     whole, decode = codec.decode(z), codec.decoder()
     assert whole.shape == video.shape
-    torch.testing.assert_close(torch.cat([decode(part) for part in z.split([1, 2], 1)], 1), whole, rtol=1e-4, atol=1e-5)
+    close(torch.cat([decode(part) for part in z.split([1, 2], 1)], 1), whole, atol=1e-5)
 
 
 def test_tiles_are_those_of_diffusers(base):
     import diffusers
-    z = torch.randn(2, 2, 16, 40, 40, generator=distributed.generator("tiles"))
-    whole, tiled = (encoders.WanCodec(base, tiling=tiling).decode(z) for tiling in (False, True))
+    z = normal((2, 2, 16, 40, 40), "tiles")
+    whole = encoders.WanCodec(base).decode(z)
+    tiled = encoders.WanCodec(base, tiling=True).decode(z)
     vae = diffusers.AutoencoderKLWan.from_pretrained(base / "vae")
     vae.enable_tiling()
-    c = vae.config
-    mean, std = (torch.tensor(m).view(1, -1, 1, 1, 1) for m in (c.latents_mean, c.latents_std))
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    scaled = z.transpose(1, 2) * std + mean
     with torch.no_grad():
-        expected = torch.cat([vae.decode(row[None].transpose(1, 2) * std + mean).sample for row in z]).transpose(1, 2).clamp(-1, 1)
+        clips = torch.cat([vae.decode(row[None]).sample for row in scaled])
+    expected = clips.transpose(1, 2).clamp(-1, 1)
     torch.testing.assert_close(tiled, expected)
     assert 1e-4 < (tiled - whole).abs().max() and (tiled - whole).abs().mean() < 0.1
 
@@ -409,72 +472,79 @@ def test_bf16_weights_make_nearly_the_same_clip(base):
     for bf16 in (None, False, True):
         ours = sample.load_pipeline(base, base=base, frames=9, height=32, width=64, bf16=bf16)
         assert next(ours.network.parameters()).dtype == (torch.bfloat16 if bf16 else torch.float32)
-        clips.append(torch.cat(list(sample.latents(ours, [CAPTIONS[0]], [3], flowmap.time_grid(4, 5.0), guidance=5.0)), 1))
+        clips.append(clip_of(ours, CAPTIONS[0], 3, flowmap.time_grid(4, 5.0), guidance=5.0))
     assert torch.equal(clips[0], clips[1]) and clips[2].dtype == torch.float32
     assert 0 < (clips[2] - clips[0]).std() < 0.05 * clips[0].std()
 
 
 @pytest.mark.parametrize("weights, parts, flags, message", [
-    ("i2v", "i2v", [], "is an image-to-video network: give its first frame with --image"),
-    ("i2v", "plain", ["--image", "a.png"], "has no image_processor"),
-    ("5b", "plain", [], "works on latents of 48 channels, but the autoencoder of"),
-    ("5b", "5b", ["--height", "48"], "must be multiples of 32"),
-    ("5b", "5b", ["--video", "a.mp4"], "trained on whole clips"),
-    ("plain", "plain", ["--tiling", "--stream"], "give one of them"),
-    ("plain", "gone", [], "has no vae: give --base")])
-def test_pictures_weights_and_autoencoders_that_do_not_fit(base, base_i2v, base_5b, weights, parts, flags, message, capsys, tmp_path,
-                                                           monkeypatch):
+    ("i2v", "i2v", "", "is an image-to-video network: give its first frame with --image"),
+    ("i2v", "plain", "--image a.png", "has no image_processor"),
+    ("5b", "plain", "", "works on latents of 48 channels, but the autoencoder of"),
+    ("5b", "5b", "--height 48", "must be multiples of 32"),
+    ("5b", "5b", "--video a.mp4", "trained on whole clips"),
+    ("plain", "plain", "--tiling --stream", "give one of them"),
+    ("plain", "gone", "", "has no vae: give --base")])
+def test_pictures_weights_and_autoencoders_that_do_not_fit(
+        base, base_i2v, base_5b, weights, parts, flags, message, capsys, tmp_path, monkeypatch):
     folder = {"plain": base, "i2v": base_i2v, "5b": base_5b, "gone": tmp_path / "gone"}
     monkeypatch.chdir(tmp_path)
     iio.imwrite("a.png", IMAGE.numpy())
     with pytest.raises(SystemExit) as stop:
-        sample.main(["--ckpt", str(folder[weights]), "--base", str(folder[parts]), "--frames", "9", "--height", "64", "--width", "96",
-                     "--steps", "1", "--prompt", CAPTIONS[0], "--out", "c.mp4", *flags])
-    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "c.mp4").exists()
+        sample.main(flags_of(f"--ckpt {folder[weights]} --base {folder[parts]} --frames 9 --height "
+                             f"64 --width 96 --steps 1 --out c.mp4 {flags} --prompt", CAPTIONS[0]))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "c.mp4").exists()
 
 
-@pytest.mark.parametrize("flags, message", [(["--frames", "80"], "--frames 80 must be 4 n + 1"), (["--height", "48"], "multiples of 32")])
+@pytest.mark.parametrize("flags, message", [
+    ("--frames 80", "--frames 80 must be 4 n + 1"), ("--height 48", "multiples of 32")])
 def test_sizes_that_the_autoencoder_cannot_take(base_5b, videos, tmp_path, flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        data.main(["encode", "--videos", str(videos), "--base", str(base_5b), "--out", str(tmp_path / "o"), *SIZE, "--height", "64", *flags])
-    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "o").exists()
+        encode(base_5b, videos, tmp_path / "o", "--height", "64", *flags.split())
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("flags", [[], ["--lora-rank", "4", "--causal", "--chunks", "1,1,1", "--full-chunks", "2"]])
-def test_an_image_to_video_network_is_distilled(base_i2v, videos, shards, tmp_path, flags, monkeypatch):
-    """Shards made with its folder hold what it is told of first frames; three stages see it, also when the prompt is dropped."""
-    out = encode(base_i2v, videos, tmp_path / "shards")
-    found = data.Shards(out)
+@pytest.mark.parametrize("flags", ["", "--lora-rank 4 --causal --chunks 1,1,1 --full-chunks 2"])
+def test_an_image_to_video_network_is_distilled(base_i2v, videos, shards, tmp_path, flags,
+                                                monkeypatch):
+    """Shards made with its folder hold what it is told of first frames; three stages see it, also
+    when the prompt is dropped."""
+    made = encode(base_i2v, videos, tmp_path / "shards")
+    found = data.Shards(made)
     assert found.conditioning == ("image", "condition") and data.Shards(shards).conditioning == ()
-    latents, _, picture = found.draw(range(3))
+    latents, _, told = found.draw(range(3))
     codec = encoders.WanCodec(base_i2v)
     for i in range(3):
         first = data.read_clip(videos / f"{i}.mp4", 9, 32, 64, 16)[0]
-        known = codec.condition(first[None].float() / 127.5 - 1, 3)
-        row = (picture["condition"] - known).flatten(1).norm(dim=1).argmin()
-        torch.testing.assert_close(picture["condition"][row], known[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(picture["image"][row], encoders.WanPicture(base_i2v)(first)[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(latents[row, :1], known[0, :1, 4:], rtol=1e-4, atol=1e-4)      # the first frame is its own latent
+        condition = codec.condition(first[None].float() / 127.5 - 1, 3)
+        row = (told["condition"] - condition).flatten(1).norm(dim=1).argmin()
+        close(told["condition"][row], condition[0])
+        close(told["image"][row], encoders.WanPicture(base_i2v)(first)[0])
+        close(latents[row, :1], condition[0, :1, 4:])            # the first frame is its own latent
     seen, forward = [], FlowMapDiT.run
-    monkeypatch.setattr(FlowMapDiT, "run", lambda net, z, embed, e, context, **more: seen.append(context) or
-                        forward(net, z, embed, e, context, **more))
-    run = tmp_path / "run"
-    for stage in train.STAGES:
-        start = ["--base", str(base_i2v)] if stage == "pretrain" else []
-        train.train(train.parse_config(["--preset", "wan-1.3b", "--stage", stage, "--data", str(out), "--run-dir", str(run), "--steps", "2",
-                                        "--batch-size", "2", "--no-bf16", "--lr", "1e-3", "--lora-rank", "0", *start, *flags]))
-    assert seen and all(context.condition.shape[1:] == (3, 20, 4, 8) and context.image.shape[1:] == (5, 28) for context in seen)
-    picture = tmp_path / "start.png"
+
+    def noted(net, z, embed, e, context, **more):
+        seen.append(context)
+        return forward(net, z, embed, e, context, **more)
+    monkeypatch.setattr(FlowMapDiT, "run", noted)
+    run, picture, out = tmp_path / "run", tmp_path / "start.png", tmp_path / "clip.mp4"
+    for stage in STAGES:
+        start = ["--base", base_i2v] if stage == "pretrain" else []
+        trained(run, stage, made, "--lr", "1e-3", "--lora-rank", "0", *start, *flags.split())
+    assert {context.condition.shape[1:] for context in seen} == {(3, 20, 4, 8)}
+    assert {context.image.shape[1:] for context in seen} == {(5, 28)}
     iio.imwrite(picture, IMAGE.numpy())
-    sample.main(["--ckpt", str(run / "distill"), "--base", str(base_i2v), "--steps", "2", "--prompt", CAPTIONS[0], "--image", str(picture),
-                 "--out", str(tmp_path / "clip.mp4")])
-    assert iio.imread(tmp_path / "clip.mp4").shape[0] == 9
+    sample.main(flags_of(f"--ckpt {run / 'distill'} --base {base_i2v} --steps 2 --image {picture} "
+                         f"--out {out} --prompt", CAPTIONS[0]))
+    assert iio.imread(out).shape[0] == 9
 
 
 def test_what_training_and_export_do_not_do(base_i2v, shards, tmp_path):
-    with pytest.raises(ValueError, match="image-to-video network, and --data .* has no first frames: make shards with"):
-        train.train(train.parse_config(["--preset", "wan-1.3b", "--data", str(shards), "--run-dir", str(tmp_path / "run"), "--base",
-                                        str(base_i2v), "--steps", "1"]))
+    missing = "image-to-video network, and --data .* has no first frames: make shards with"
+    with pytest.raises(ValueError, match=missing):
+        trained(tmp_path / "run", "pretrain", shards, "--base", base_i2v)
     with pytest.raises(ValueError, match="no class for a flow map with Wan2.1-I2V"):
         wan.export(base_i2v, tmp_path / "out", base_i2v)
     (tmp_path / "a14b" / "transformer_2").mkdir(parents=True)

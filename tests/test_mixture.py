@@ -1,4 +1,4 @@
-"""Both stages that need no student samples, on a problem small enough to solve: a mixture of Gaussians in the plane."""
+"""Both stages that need no student samples, on a mixture of Gaussians in the plane."""
 import torch
 from torch import nn
 
@@ -12,10 +12,10 @@ CENTRES = torch.tensor([[1.5, 0.0], [-0.75, 1.3], [-0.75, -1.3]])
 
 
 def exact_velocity(z, t):
-    """v = (z - E[x | z]) / t of the mixture: each component's posterior mean, weighted by its responsibility."""
+    """v = (z - E[x | z]) / t: the components' posterior means, weighted by responsibility."""
     t = t[:, None, None]
     variance = (1 - t) ** 2 * STD**2 + t**2
-    offset = z[:, None] - (1 - t) * CENTRES                                           # (B, 3, 2)
+    offset = z[:, None] - (1 - t) * CENTRES                      # (B, 3, 2)
     responsibility = (-offset.square().sum(-1, keepdim=True) / (2 * variance)).softmax(1)
     means = CENTRES + (1 - t) * STD**2 / variance * offset
     return (z - (responsibility * means).sum(1)) / t[:, 0]
@@ -26,8 +26,9 @@ class Net(nn.Module):
 
     def __init__(self, width=128):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(2 + 24, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                    nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+        self.layers = nn.Sequential(
+            nn.Linear(2 + 24, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
 
     def forward(self, z, t, r, text):
         angles = torch.stack([t, r], 1)[:, :, None] * torch.tensor([0.5, 1.0, 2.0, 3.0, 4.0, 6.0])
@@ -39,7 +40,8 @@ def fit(net, steps, loss_of, lr=2e-3, batch=1024):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         g = generator("mixture", step)
-        x = CENTRES[torch.randint(3, (batch,), generator=g)] + STD * torch.randn(batch, 2, generator=g)
+        which = torch.randint(3, (batch,), generator=g)
+        x = CENTRES[which] + STD * torch.randn(batch, 2, generator=g)
         optimizer.zero_grad()
         loss_of(x, torch.randn(batch, 2, generator=g), g).mean().backward()
         optimizer.step()
@@ -51,22 +53,26 @@ def test_a_trained_flow_map_jumps_in_one_step_where_its_teacher_cannot():
     net, no_text = Net(), torch.zeros(1024, 1, 1)
 
     def pretrain(x, n, g):
-        return flowmap.flow_matching_error(flowmap.conditioned(net, None), x, n, torch.rand(len(x), generator=g))
+        t = torch.rand(len(x), generator=g)
+        return flowmap.flow_matching_error(flowmap.conditioned(net, None), x, n, t)
 
     def forward_flow_map(x, n, g):
         t, r = flowmap.flow_map_times(g, len(x), SHIFT)
-        err = meanflow.meanflow_error(net, x, n, t, r, no_text, None, torch.zeros(len(x), dtype=torch.bool), guidance=1.0)
+        none_dropped = torch.zeros(len(x), dtype=torch.bool)
+        err = meanflow.meanflow_error(net, x, n, t, r, no_text, None, none_dropped, guidance=1.0)
         mu = err.detach()[r == t].mean()
         return meanflow.balanced_loss(err, t, r, flowmap.time_weight(t, "beta", SHIFT), mu)
 
     z = torch.randn(4096, 2, generator=generator("test"))
-    solution = flowmap.euler_sample(lambda z, t, r: exact_velocity(z, t), z, flowmap.time_grid(1000, SHIFT))
+
+    def ends(u, steps):
+        with torch.no_grad():
+            return flowmap.euler_sample(u, z, flowmap.time_grid(steps, SHIFT))
+    solution = ends(lambda z, t, r: exact_velocity(z, t), 1000)
 
     def errors(u):
         """Root mean square distance to the exact flow's end points, by step count."""
-        with torch.no_grad():
-            return {n: (flowmap.euler_sample(u, z, flowmap.time_grid(n, SHIFT)) - solution).square().mean().sqrt().item()
-                    for n in (1, 4, 32)}
+        return {n: (ends(u, n) - solution).square().mean().sqrt().item() for n in (1, 4, 32)}
 
     fit(net, 1500, pretrain)
     teacher = errors(lambda z, t, r: net(z, t, t, None))

@@ -340,7 +340,10 @@ def encode(args) -> None:
                 ("frames", "height", "width", "text_length", "dtype")}
     writer, skipped = ShardWriter(args.out, made_by, part, parts, args.clips_per_shard), 0
     todo = [file for file in files[part::parts] if file.name not in writer.done]
-    for file in tqdm(todo, desc="encode", disable=part > 0):
+    for n, file in enumerate(tqdm(todo, desc="encode", disable=part > 0)):
+        if n % encoders.PROMPTS_AHEAD == 0:
+            coming = [captions.get(later.name) for later in todo[n:n + encoders.PROMPTS_AHEAD]]
+            words.prepare([encoders.NEGATIVE_PROMPT, *filter(None, coming)])
         try:
             if not captions.get(file.name):
                 raise ValueError("no caption")

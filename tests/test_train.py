@@ -428,10 +428,12 @@ def test_a_seed_decides_its_clip_whatever_else_is_in_the_batch(finished, sampler
 def test_clips_are_written(finished, tmp_path, name, capsys):
     sample.main(["--run-dir", str(finished), "--prompt", "a red circle moving left", "--prompt", "a green square moving up",
                  "--out", str(tmp_path / "deep" / name), "--sheet", str(tmp_path / "sheet.png"), "--steps", "3"])
+    # Clips of 16 x 16 are magnified 8 times; a row of 8 frames with gaps of 2, 18 x 144, 3 times.
+    expected = (54, 432, 3) if name == "clip.png" else (8, 128, 128, 3)
     for i in range(2):
         picture = iio.imread(tmp_path / "deep" / name.replace("clip", f"clip-{i:03d}"))
-        assert picture.shape == ((74, 578, 3) if name.endswith("png") else (8, 128, 128, 3)) or name.endswith("png")
-    assert iio.imread(tmp_path / "sheet.png").ndim == 3
+        assert picture.shape == expected
+    assert iio.imread(tmp_path / "sheet.png").shape == (108, 432, 3)
 
 
 @pytest.mark.parametrize("flags, message", [

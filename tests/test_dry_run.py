@@ -302,6 +302,11 @@ def test_a_teacher_makes_the_shards_that_it_is_distilled_on(base, tmp_path, caps
     sample.main([*flags, "--save-latents", str(out)])            # nothing is left to do
     stage = trained(tmp_path / "run", "pretrain", out, "--base", base)
     assert (stage / "model.safetensors").exists()
+    # Fine-tuned, it is sampled at the guidance of its recipe, not at that of Wan's pipeline, 5.
+    sample.main(flags_of(f"--ckpt {stage} --base {base} --steps 1 --save-latents "
+                         f"{tmp_path / 'tuned'} --prompt", CAPTIONS[0]))
+    used = json.loads((tmp_path / "tuned" / "made_by.json").read_text())["guidance"]
+    assert used == json.loads((stage / "config.json").read_text())["config"]["guidance"] < 5
     sample.main([*flags, "--vbench", "--out", str(tmp_path / "vbench")])
     assert sorted(file.name for file in (tmp_path / "vbench").iterdir()) == [
         f"{caption}-{i}.mp4" for caption in sorted(CAPTIONS[:2]) for i in range(2)]

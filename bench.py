@@ -311,7 +311,7 @@ def parse_args(argv=None):
         help="write: cost of appending a chunk; plan: memory and traffic of training, simulated; "
         "check: the simulation against measurement")
     add("--preset", type=cli.choice(tuple(SIZES)), default="toy", metavar="NAME",
-        help="size (default toy)")
+        help="size of the network (default toy)")
     add("--chunk-frames", type=int, default=3, help="write: latent frames of a chunk (default 3)")
     add("--full-chunks", type=int, default=3,
         help="write: full chunks, the newest included (default 3)")

@@ -340,7 +340,10 @@ def encode(args) -> None:
                 ("frames", "height", "width", "text_length", "dtype")}
     writer, skipped = ShardWriter(args.out, made_by, part, parts, args.clips_per_shard), 0
     todo = [file for file in files[part::parts] if file.name not in writer.done]
-    for file in tqdm(todo, desc="encode", disable=part > 0):
+    for n, file in enumerate(tqdm(todo, desc="encode", disable=part > 0)):
+        if n % encoders.PROMPTS_AHEAD == 0:
+            coming = [captions.get(later.name) for later in todo[n:n + encoders.PROMPTS_AHEAD]]
+            words.prepare([encoders.NEGATIVE_PROMPT, *filter(None, coming)])
         try:
             if not captions.get(file.name):
                 raise ValueError("no caption")
@@ -385,9 +388,9 @@ def main(argv=None) -> None:
         help="encode videos, or check the shards of a folder")
     add("shards", type=Path, nargs="?", help="check: the folder of shards")
     add("--videos", type=Path,
-        help="folder of mp4, gif, mov, webm with captions in .txt files or a .jsonl")
-    add("--base", type=Path, help="Wan pipeline folder: tokenizer, text encoder and autoencoder")
-    add("--out", type=Path, help="folder of the shards; the same command again goes on there")
+        help="folder of mp4, gif, mov, webm, with captions in .txt or .jsonl files (default none)")
+    add("--base", type=Path, help="Wan pipeline folder, for its encoders (default none)")
+    add("--out", type=Path, help="folder of the shards; the same command goes on (default none)")
     add("--frames", type=int, default=81, help="pixel frames, 4 n + 1 (default 81)")
     add("--height", type=int, default=480,
         help="pixels, a multiple of 16, or of 32 for Wan2.2-TI2V-5B (default 480)")
@@ -395,7 +398,7 @@ def main(argv=None) -> None:
     add("--fps", type=float, help="frame rate that clips are brought to (default: the network's, "
         "16, or 24 for Wan2.2-TI2V-5B)")
     add("--text-length", type=int, default=512, help="tokens of a prompt (default 512)")
-    add("--clips-per-shard", type=int, default=64, help="(default 64)")
+    add("--clips-per-shard", type=int, default=64, help="clips in a file (default 64)")
     add("--dtype", type=cli.choice(("bfloat16", "float16", "float32")), default="bfloat16",
         metavar="NAME", help="type on disk: bfloat16, float16 or float32 (default bfloat16)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import cli
 import data
 import distributed
+import encoders
 import flowmap
 from pipeline import (SAMPLERS, Pipeline, chunks_for, generate, given_latents, latents,
                       load_pipeline, read_picture, stream)
@@ -210,6 +211,7 @@ def main(argv=None) -> None:
             if args.tiling:
                 raise ValueError("--stream and --tiling: give one of them; a stream is not decoded "
                                  "in tiles")
+            prepare(pipeline, captions, options)
             pieces = stream(pipeline, captions, seeds, grid, **options)
             stream_to(args.out, pieces, pipeline.fps)
         elif args.save_latents:
@@ -218,6 +220,12 @@ def main(argv=None) -> None:
             write_clips(args, stage, world, pipeline, captions, seeds, grid, options)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+
+
+def prepare(pipeline: Pipeline, captions: list[str], options: dict) -> None:
+    """Encode all prompts of the next clips in one go, see encoders.WanText."""
+    null = [pipeline.null_prompt] if options["guidance"] != 1 else []
+    pipeline.words.prepare([*null, *options["prompt_at"].values(), *captions])
 
 
 def clip_paths(args, captions: list[str]) -> list[Path]:
@@ -235,7 +243,10 @@ def write_clips(args, stage, world, pipeline, captions, seeds, grid, options: di
     todo = [i for i in range(world.rank, len(paths), world.size)
             if not (args.vbench and paths[i].exists())]
     quiet, made = len(todo) <= pipeline.batch or not world.is_main, []
+    ahead = encoders.PROMPTS_AHEAD * pipeline.batch
     for first in tqdm(range(0, len(todo), pipeline.batch), desc="sample", disable=quiet):
+        if first % ahead == 0:
+            prepare(pipeline, [captions[i] for i in todo[first:first + ahead]], options)
         rows = todo[first:first + pipeline.batch]
         clips = generate(pipeline, [captions[i] for i in rows], [seeds[i] for i in rows], grid,
                          **options)
@@ -305,7 +316,10 @@ def save_latents(args, stage, world, pipeline, captions, seeds, grid, options: d
     image, condition = options.get("picture", (None, None))
     rows = [i for i in range(world.rank, len(captions), world.size)
             if f"{i:07d}" not in writer.done]
-    for i in tqdm(rows, desc="latents", disable=not world.is_main):
+    for n, i in enumerate(tqdm(rows, desc="latents", disable=not world.is_main)):
+        if n % encoders.PROMPTS_AHEAD == 0:
+            some = rows[n:n + encoders.PROMPTS_AHEAD]
+            prepare(pipeline, [captions[k] for k in some], options)
         chunks = list(latents(pipeline, [captions[i]], [seeds[i]], grid, **options))
         clip = {"latents": torch.cat(chunks, 1), "text": pipeline.words([captions[i]]),
                 "image": image, "condition": condition}

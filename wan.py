@@ -481,11 +481,11 @@ def main(argv=None) -> None:
     parser.add_argument("path", type=Path, help="a file or folder of weights; for export a "
                         "finished stage, RUN/STAGE, or Wan weights to become a flow map")
     parser.add_argument("--to", type=Path, help="export: the new folder, or NAME.safetensors for "
-                        "the adapter alone")
+                        "the adapter alone (default none)")
     parser.add_argument("--base", type=Path, help="export: a Wan pipeline folder, for text "
-                        "encoder, tokenizer and autoencoder")
+                        "encoder, tokenizer and autoencoder (default none)")
     parser.add_argument("--copy", action="store_true",
-                        help="export: copy them from --base; the default is to link")
+                        help="export: copy them from --base (default off: link)")
     args = parser.parse(argv)
     if args.what == "export" and not args.to:
         parser.error("export needs --to DIR")

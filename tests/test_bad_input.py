@@ -1,5 +1,6 @@
 """What a user may get wrong, in every script: one line that names the offender and the remedy, exit
 code 2, nothing changed."""
+import argparse
 import json
 import os
 import shutil
@@ -234,6 +235,23 @@ def test_one_line_names_the_offender_and_the_remedy(folder, monkeypatch, capsys,
     assert error.value.code == 2
     assert offender in line and remedy in line and f"{script}.py: error: " in line, line
     assert listing(folder) == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_of_every_flag_what_it_is_and_its_default(script, monkeypatch, capsys):
+    parsers, wrong, parse = [], [], cli.Parser.parse
+    monkeypatch.setattr(cli.Parser, "parse", lambda *args: parsers.append(args[0]) or parse(*args))
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].main(["--help"])
+    assert stop.value.code == 0 and f"example: python {script}.py" in capsys.readouterr().out
+    for action in parsers[0]._actions[1:]:                       # the first is --help
+        words, _, default = (action.help or "").partition("(default")
+        if len(words.split()) < 2 or action.option_strings and not default:
+            wrong.append((action.dest, action.help))
+        elif type(action.default) in (int, float, str) and action.default != argparse.SUPPRESS:
+            if str(action.default) not in default:
+                wrong.append((action.dest, action.help))
+    assert len(parsers[0]._actions) > 5 and not wrong
 
 
 @pytest.mark.parametrize("processes, argv, words", [

@@ -302,9 +302,52 @@ def test_a_teacher_makes_the_shards_that_it_is_distilled_on(base, tmp_path, caps
     sample.main([*flags, "--save-latents", str(out)])            # nothing is left to do
     stage = trained(tmp_path / "run", "pretrain", out, "--base", base)
     assert (stage / "model.safetensors").exists()
+    # Fine-tuned, it is sampled at the guidance of its recipe, not at that of Wan's pipeline, 5.
+    sample.main(flags_of(f"--ckpt {stage} --base {base} --steps 1 --save-latents "
+                         f"{tmp_path / 'tuned'} --prompt", CAPTIONS[0]))
+    used = json.loads((tmp_path / "tuned" / "made_by.json").read_text())["guidance"]
+    assert used == json.loads((stage / "config.json").read_text())["config"]["guidance"] < 5
     sample.main([*flags, "--vbench", "--out", str(tmp_path / "vbench")])
     assert sorted(file.name for file in (tmp_path / "vbench").iterdir()) == [
         f"{caption}-{i}.mp4" for caption in sorted(CAPTIONS[:2]) for i in range(2)]
+
+
+@pytest.fixture
+def text_encoder(monkeypatch):
+    """What Wan's text encoder is told: "to" (a move of its weights) and "forward"."""
+    import transformers
+    calls = []
+    for name in ("to", "forward"):
+        def counted(self, *args, name=name, method=getattr(transformers.UMT5EncoderModel, name),
+                    **options):
+            calls.append(name)
+            return method(self, *args, **options)
+        monkeypatch.setattr(transformers.UMT5EncoderModel, name, counted)
+    return calls
+
+
+def test_the_text_encoder_moves_once_for_many_prompts(base, videos, tmp_path, text_encoder):
+    """In and out once, and every prompt encoded once: three captions and the empty one; two, each
+    for two clips with guidance, and the empty one; one for a clip without guidance."""
+    encode(base, videos, tmp_path / "videos")
+    assert text_encoder == ["to", *["forward"] * 4, "to"]
+    flags = flags_of(f"--ckpt {base} --base {base} --steps 1 --prompt", CAPTIONS[0], *SMALL)
+    text_encoder.clear()
+    sample.main([*flags, "--prompt", CAPTIONS[1], "--per-prompt", "2", "--save-latents",
+                 str(tmp_path / "made")])
+    assert text_encoder == ["to", *["forward"] * 3, "to"]
+    text_encoder.clear()
+    sample.main([*flags, "--per-prompt", "2", "--guidance", "1", "--out", str(tmp_path / "a.mp4")])
+    assert text_encoder == ["to", "forward", "to"]
+
+
+def test_features_of_a_prompt_do_not_depend_on_others_and_old_ones_are_dropped(base):
+    words, alone = encoders.WanText(base, length=8), encoders.WanText(base, length=8)
+    words.prepare([CAPTIONS[0], *map(str, range(130)), CAPTIONS[1]])
+    assert torch.equal(words([CAPTIONS[1], CAPTIONS[0]])[0], alone([CAPTIONS[1]])[0])
+    assert len(words.kept) == 130 and {CAPTIONS[0], CAPTIONS[1], "129"} <= set(words.kept)
+    words(CAPTIONS[2:])
+    assert len(words.kept) == 129 and "2" not in words.kept and CAPTIONS[2] in words.kept
 
 
 def test_causal_weights_of_others_are_sampled_chunk_by_chunk(base, tmp_path, monkeypatch):

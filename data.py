@@ -319,7 +319,7 @@ def read_clip(file: Path, frames: int, height: int, width: int, fps: float) -> t
 
 def encode(args) -> None:
     """Clips and captions of a folder -> shards of latents and prompt features, by Wan's own."""
-    import distributed                               # above this file: only this command needs it
+    import distributed  # above this file: only this command needs it
     files = videos_in(args.videos) if args.videos.is_dir() else []
     if not files:
         raise ValueError(f"--videos {args.videos}: no video ({', '.join(SUFFIXES)}) is there")

@@ -158,8 +158,8 @@ class EvaluationSet:
 
 def parse_models(run: Path, text: str | None) -> list[tuple[str, Path, str]]:
     """'distill,flowmap:consistency,some/folder' -> [(label, stage folder, sampler)]."""
-    finished = [stage for stage in ("pretrain", "flowmap", "distill")
-                if (run / stage / "model.safetensors").exists()]
+    folders = ("pretrain", "flowmap", "distill", "causal-flowmap", "causal-distill")
+    finished = [name for name in folders if (run / name / "model.safetensors").exists()]
     if text is None:
         newest_stage(run)                                        # or the error that there is none
         text = ",".join(finished) + (",flowmap:consistency" if "flowmap" in finished else "")

@@ -21,8 +21,18 @@ import data
 import distributed
 import encoders
 import flowmap
-from pipeline import (SAMPLERS, Pipeline, chunks_for, generate, given_latents, latents,
-                      load_pipeline, read_picture, stream)
+from config import folder_of
+from pipeline import (
+    SAMPLERS,
+    Pipeline,
+    chunks_for,
+    generate,
+    given_latents,
+    latents,
+    load_pipeline,
+    read_picture,
+    stream,
+)
 
 
 def to_pixels(video: torch.Tensor, height: int = 128) -> np.ndarray:
@@ -55,13 +65,15 @@ def write_clip(path: Path, video: torch.Tensor, fps: int) -> None:
     aside.replace(path)
 
 
-def newest_stage(run: Path) -> Path:
-    """The furthest finished stage of a run."""
-    for name in ("distill", "flowmap", "pretrain"):
-        if (run / name / "model.safetensors").exists():
+def newest_stage(run: Path, causal: bool = False) -> Path:
+    """The furthest finished stage of a run; causal: of the causal student's."""
+    forms = (True,) if causal else (False, True)
+    students = [folder_of(stage, form) for stage in ("distill", "flowmap") for form in forms]
+    for name in (*students, "pretrain"):
+        if (run / name / "model.safetensors").exists() and not (causal and name == "pretrain"):
             return run / name
-    raise ValueError(f"no finished stage in {run}. First run: python train.py --stage pretrain "
-                     f"--run-dir {run}")
+    form = "--causal --stage flowmap" if (run / "pretrain").exists() else "--stage pretrain"
+    raise ValueError(f"no finished stage in {run}. First run: python train.py {form} --run-dir {run}")
 
 
 def make_parser() -> cli.Parser:
@@ -73,8 +85,8 @@ def make_parser() -> cli.Parser:
         help="what to show; may be given several times (default none: --prompts)")
     add("--prompts", type=Path, metavar="FILE", help="a file with a prompt a line, or a .json list "
         "of prompts or of VBench's entries with prompt_en (default none)")
-    add("--run-dir", type=Path, help="the run (default runs/toy-shapes, or runs/toy-shapes-causal)")
-    add("--causal", action="store_true", help="use the run runs/toy-shapes-causal (default off)")
+    add("--run-dir", type=Path, help="the run (default runs/toy-shapes)")
+    add("--causal", action="store_true", help="sample the run's causal student (default off)")
     add("--ckpt", type=Path, help="a finished stage RUN/STAGE, or Wan or AnyFlow weights, in place "
         "of --run-dir (default none)")
     add("--base", type=Path, help="the weights' pipeline folder of Wan2.1 or Wan2.2-TI2V-5B, for "
@@ -103,7 +115,7 @@ def make_parser() -> cli.Parser:
         help="causal: the clip goes on from this one's whole chunks (default none)")
     add("--prompt-at", nargs=2, action="append", default=[], metavar=("M", "PROMPT"),
         help="causal: another prompt from chunk M = 0, 1, ... on; repeatable (default none)")
-    add("--window", type=int, help="causal: past chunks that are remembered; 0: all (default: as "
+    add("--window", type=int, help="causal: past chunks that are kept; 0: all (default: as "
         "many as in training, which long videos need)")
     add("--stream", action="store_true", help="write each chunk as soon as it is ready; prints the "
         "time to the first and the frames a second (default off)")
@@ -192,9 +204,9 @@ def main(argv=None) -> None:
         captions = read_prompts(args)
         check(args)
         grid = read_grid(args.grid) if args.grid else None
-        run_dir = args.run_dir or Path("runs/toy-shapes-causal" if args.causal else
-                                       "runs/toy-shapes")
-        stage = args.ckpt or (run_dir / args.stage if args.stage else newest_stage(run_dir))
+        run = args.run_dir or Path("runs/toy-shapes")
+        named = args.stage and run / folder_of(args.stage, args.causal)
+        stage = args.ckpt or named or newest_stage(run, args.causal)
         world = distributed.start(args.device)
         if world.size > 1 and (args.stream or args.sheet):
             raise ValueError(f"--{'stream' if args.stream else 'sheet'} is for one process: leave "

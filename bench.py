@@ -5,10 +5,11 @@
                              memory a GPU and traffic an update, simulated: nothing is allocated
     python bench.py check    the simulation against the measured memory of small networks
 
-`write`: the attention of a compressed chunk to all compressed chunks before it grows with the video;
+`write`: attention of a compressed chunk to all compressed chunks before it grows with the video;
 --window bounds it. `plan`: train.update on networks of networks.build, with a batch of the largest
 kind (longest clip, deepest rollout), on fake tensors under a process group that pretends, followed
-by torch's own memory tracker. Activation memory is that of the CPU's attention kernel, which keeps what the GPU's keeps: queries, keys, values, output, and a number a query.
+by torch's own memory tracker. Activation memory is that of the CPU's attention kernel, which keeps
+what the GPU's keeps: queries, keys, values, output, and a number a query.
 """
 import os
 import subprocess

@@ -55,6 +55,8 @@ class Config:
     compile: bool = flag(False, "torch.compile each block: faster on GPUs, after minutes")
     checkpointing: bool = flag(False, "keep no activations inside a block, compute them again: "
                                "less memory, a third more time")
+    deterministic: bool = flag(False, "GPUs: only algorithms that give the same bits each time, "
+                               "so that a resumed run does; slower")
     # --- optimisation
     steps: int = flag(1000, "updates of the network")
     batch_size: int = flag(32, "samples of an update, over all processes and accumulation steps")
@@ -117,7 +119,7 @@ OF_THE_FLOW_MAP = ("chunks", "full_chunks", "epsilon", "derivative", "time_weigh
 INHERITED = {"pretrain": OF_THE_RUN, "flowmap": OF_THE_RUN + OF_THE_FLOW_MAP}
 # These may change when a run is resumed.
 CHANGEABLE = ("steps", "run_dir", "micro_batch", "device", "checkpointing", "shard", "compile",
-              "fresh", "save_every", "log_every", "max_skips")
+              "deterministic", "fresh", "save_every", "log_every", "max_skips")
 
 # The released recipe, for Wan2.1.
 COMMON = dict(bf16=True, checkpointing=True, lora_rank=256, micro_batch=1, save_every=20,

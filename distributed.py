@@ -41,9 +41,13 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def start(device: str = "auto") -> World:
-    """Join the processes that torchrun started, or be a world of one. Errors as `pick_device`."""
+def start(device: str = "auto", deterministic: bool = False) -> World:
+    """Join the processes that torchrun started, or be a world of one. deterministic: of GPUs, whose
+    attention else adds in any order. Errors as `pick_device`."""
     picked = pick_device(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if picked.type == "cuda":
         torch.cuda.set_device(picked)

@@ -45,6 +45,9 @@ def build(c: Config, config: ModelConfig, world, below: dict | None = None) -> d
 
 
 def lay_out(c: Config, config: ModelConfig, world, adapters=(), below=None) -> torch.nn.Module:
+    if c.compile:    # a block is called with each past, with and without gradient, by each adapter
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
+        torch._dynamo.config.fail_on_recompile_limit_hit = True      # never eager without a word
     with torch.device("meta"):
         network = FlowMapDiT(config)
         if adapters:                                 # frozen weights need no fp32 master
@@ -58,9 +61,8 @@ def lay_out(c: Config, config: ModelConfig, world, adapters=(), below=None) -> t
             lora.Adapted(network, lora.BELOW).requires_grad_(False)
     for block in network.blocks:
         block.checkpointing = c.checkpointing
-        if c.compile:    # called with many adapters and pasts, and with and without gradient
-            torch._dynamo.config.recompile_limit = 64
-            block.compile()
+        if c.compile:
+            block.compile(dynamic=False)             # sizes are few, and symbolic ones fail
     return distributed.shard(network, world, c.bf16, c.shard)
 
 

@@ -73,7 +73,8 @@ def newest_stage(run: Path, causal: bool = False) -> Path:
         if (run / name / "model.safetensors").exists() and not (causal and name == "pretrain"):
             return run / name
     form = "--causal --stage flowmap" if (run / "pretrain").exists() else "--stage pretrain"
-    raise ValueError(f"no finished stage in {run}. First run: python train.py {form} --run-dir {run}")
+    raise ValueError(f"no finished stage in {run}. First run: python train.py {form} "
+                     f"--run-dir {run}")
 
 
 def make_parser() -> cli.Parser:

@@ -7,8 +7,8 @@
 
 With --causal, in the last two, the clip is made of chunks of frames, one after the other; a
 bidirectional clip is one chunk. `update` is an update of each stage; settings stand in config.py,
-losses in updates.py. Everything random is a pure function of (seed, stage, step, sample), so a killed run resumes bit for
-bit and a global batch is the same however it is split.
+losses in updates.py. Everything random is a pure function of (seed, stage, step, sample), so a
+killed run resumes bit for bit and a global batch is the same however it is split.
 """
 import json
 import math
@@ -143,7 +143,7 @@ def train(c: Config) -> Path:
 
 
 def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
-    world = distributed.start(c.device)
+    world = distributed.start(c.device, c.deterministic)
     stage, say = runs.stage_folder(c), tqdm.write if world.is_main else lambda text: None
     fresh = runs.check_start(c, world)
     source = runs.open_source(c, fresh)

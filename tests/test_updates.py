@@ -1,0 +1,365 @@
+"""How the stages are wired: every call of an update is recorded and compared with the method, then
+the mutations that a wrong wiring would be. And the gradient of a causal rollout, chunk by chunk."""
+import weakref
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import backward_sim
+import distributed
+import dmd
+import flowmap
+import networks
+import train
+import updates
+from cache import append_chunk
+from config import Config
+from model import PRESETS, FlowMapDiT
+
+WORLD = distributed.World(0, 1, torch.device("cpu"))
+KEPT_TEXT = updates.kept_text    # which a mutation below replaces
+
+
+@dataclass
+class Call:
+    """One call of a network, with what it was given and what it said."""
+    name: str
+    method: str                  # forward or encode
+    text: str                    # prompt, empty or kept (prompts with dropped ones replaced)
+    z: torch.Tensor
+    t: torch.Tensor | None
+    r: torch.Tensor | None
+    gradient: bool
+    context: object
+    u: torch.Tensor | None = None
+
+
+class Recorded:
+    """A network that notes its calls."""
+
+    def __init__(self, name, network, calls, batch):
+        self.name, self.network, self.calls, self.batch = name, network, calls, batch
+
+    def note(self, method, z, t, r, context):
+        batch, some = self.batch, context.text
+        texts = {"kept": KEPT_TEXT(batch), "prompt": batch.text, "empty": batch.null_text}
+        rows = batch.r < batch.t if len(some) < len(batch.text) else slice(None)
+        text = next((name for name, value in texts.items() if torch.equal(value[rows], some)), "?")
+        call = Call(self.name, method, text, z.detach(), t, r, torch.is_grad_enabled(), context)
+        self.calls.append(call)
+        return call
+
+    def __call__(self, z, t, r, context):
+        call = self.note("forward", z, t, r, context)
+        u = self.network(z, t, r, context)
+        call.u = u.detach()
+        return u
+
+    def encode(self, z, context, compressed=False):
+        self.note("compressed" if compressed else "encode", z, None, None, context)
+        return self.network.encode(z, context, compressed)
+
+
+class Source:
+    """Random latents and prompts, as a folder of shards would give them."""
+    latent_shape, conditioning = (4, 48, 4, 4), ()
+    null_text = torch.full((3, 64), 0.5)
+
+    def draw(self, indices, seed):
+        g = distributed.generator("source", seed, *indices)
+        x = torch.randn(len(indices), *self.latent_shape, generator=g)
+        return x, torch.randn(len(indices), 3, 64, generator=g), {}
+
+
+def settings(stage, **more):
+    return Config(stage=stage, preset="tiny", batch_size=8, guidance=3.0, real_guidance=4.0,
+                  text_drop=0.3, budgets="4", full_chunks=2, **more)
+
+
+def random_networks(c):
+    """The stage's networks, all of random weights, none like another."""
+    config = networks.student_config(c, PRESETS["tiny"])
+    nets = networks.build(c, config, WORLD)
+    for name, network in nets.items():
+        network.to_empty(device="cpu")
+        for key, p in network.named_parameters():
+            p.data.copy_(0.2 * torch.randn(p.shape, generator=distributed.generator(name, key)))
+    return nets
+
+
+def one_update(c, step=1):
+    """(calls, batch, log) of an update of random networks."""
+    batch, nets, calls = updates.draw_batch(c, Source(), WORLD, step, 0), random_networks(c), []
+    parts = networks.trainables(c, nets)
+    recorded = {name: Recorded(name, net, calls, batch) for name, net in nets.items()}
+    log = distributed.Sums(train.LOGGED[c.stage])
+    train.update(c, recorded, parts, iter([batch]), step, WORLD, log)
+    return calls, batch, log.means(WORLD)
+
+
+def kinds(calls):
+    return [(call.name, call.text, call.gradient) for call in calls]
+
+
+def check_forward_loss(calls, batch, c, err):
+    """u_c, u_0, and two calls of the derivative: guidance fused in, target v - (t - r) dF/dt."""
+    assert kinds(calls) == [("student", "kept", True), ("student", "empty", False),
+                            ("student", "kept", False), ("student", "kept", False)]
+    u_c, u_0, above, below = calls
+    x = batch.x[:, batch.start:sum(batch.chunks)]
+    z_t, v = flowmap.interpolate(x, batch.n, batch.t), batch.n - x
+    for call in (u_c, u_0):
+        assert torch.equal(call.z, z_t)
+        assert torch.equal(call.t, batch.t) and torch.equal(call.r, batch.r)
+    gap = batch.r < batch.t
+    w = torch.where(batch.dropped, 1.0, c.guidance).view(-1, 1, 1, 1, 1)
+    F = (u_c.u - (1 - w) * u_0.u) / w
+    dF_dt = (above.u - below.u) / flowmap.expand(above.t - below.t, above.u) / w[gap]
+    target = v.clone()
+    target[gap] -= flowmap.expand((batch.t - batch.r)[gap], v) * dF_dt
+    assert torch.equal(above.r, batch.r[gap]) and (above.t > batch.t[gap] - 1e-6).all()
+    expected = (F - target).square().mean((1, 2, 3, 4))
+    assert err["err_flow"] == pytest.approx(expected[~gap].mean().item(), rel=1e-3)
+    free = gap & (batch.r > 0)
+    assert err["err_free"] == pytest.approx(expected[free].mean().item(), rel=1e-3)
+
+
+def test_pretrain_is_flow_matching_with_prompts_dropped():
+    c = settings("pretrain")
+    (call,), batch, log = one_update(c)
+    assert batch.dropped.any() and not batch.dropped.all()
+    assert (call.name, call.text, call.gradient) == ("student", "kept", True)
+    assert torch.equal(call.t, batch.t) and torch.equal(call.r, batch.t)
+    assert torch.equal(call.z, flowmap.interpolate(batch.x, batch.n, batch.t))
+    expected = (call.u - (batch.n - batch.x)).square().mean()
+    assert log["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_flowmap_fuses_guidance_and_takes_the_derivative():
+    c = settings("flowmap")
+    calls, batch, log = one_update(c)
+    check_forward_loss(calls, batch, c, log)
+
+
+def test_causal_flowmap_has_a_clean_past_for_each_prompt_and_sometimes_the_whole_clip():
+    c = settings("flowmap", causal=True, bidirectional_fraction=1.0)
+    calls, batch, log = one_update(c)
+    whole, rest = calls[:2], calls[2:]
+    assert kinds(whole) == [("student", "kept", True), ("student", "empty", False)]
+    for call in whole:
+        assert call.z.shape == batch.x.shape and not call.context.cache
+        assert torch.equal(call.t, batch.whole_t) and torch.equal(call.r, batch.whole_t)
+        assert torch.equal(call.z, flowmap.interpolate(batch.x, batch.whole_noise, call.t))
+    encoded = [call for call in rest if call.method != "forward"]
+    half = len(encoded) // 2
+    assert all(call.text == "empty" and not call.gradient for call in encoded[:half])
+    assert all(call.text == "kept" and call.gradient for call in encoded[half:]) and half
+    check_forward_loss([call for call in rest if call.method == "forward"], batch, c, log)
+
+
+def distill_expectations(calls, batch, c, log):
+    """Of an update's forward calls after the rollout: scores of the whole clip, then the rest."""
+    rollout = [call for call in calls if call.name == "student" and call.text == "prompt"]
+    jumps = [call for call in rollout if call.method == "forward"]
+    scores = [call for call in calls if call.name != "student"]
+    assert kinds(scores) == [("teacher", "empty", False), ("teacher", "prompt", False),
+                             ("fake", "prompt", False), ("fake", "prompt", True)]
+    empty, prompt, fake, fake_loss = scores
+    z_tau = empty.z
+    for call in (empty, prompt, fake):
+        assert torch.equal(call.z, z_tau) and not call.context.cache
+        assert torch.equal(call.t, batch.tau) and torch.equal(call.r, batch.tau)
+    # z_tau = (1 - tau) z_0 + tau n says what z_0 was scored.
+    tau = flowmap.expand(batch.tau, z_tau)
+    z_0 = (z_tau - tau * batch.tau_noise) / (1 - tau)
+    real = empty.u + c.real_guidance * (prompt.u - empty.u)
+    x_real, x_fake = z_tau - tau * real, z_tau - tau * fake.u
+    normaliser = (z_0 - x_real).abs().mean((1, 2, 3, 4), keepdim=True)
+    gradient = (x_fake - x_real) / normaliser
+    assert log["dmd"] == pytest.approx(gradient.square().mean().item(), rel=1e-2)
+    expected = gradient.flatten(1).norm(dim=1).mean().item()
+    assert log["dmd_gradient"] == pytest.approx(expected, rel=1e-2)
+    assert torch.equal(fake_loss.t, batch.fake_t) and torch.equal(fake_loss.r, batch.fake_t)
+    t = flowmap.expand(batch.fake_t, z_0)
+    torch.testing.assert_close(fake_loss.z, (1 - t) * z_0 + t * batch.fake_noise,
+                               rtol=1e-3, atol=1e-3)
+    err = (fake_loss.u - (batch.fake_noise - z_0)).square().mean().item()
+    assert log["fake"] == pytest.approx(err, rel=1e-2)
+    return jumps, z_0
+
+
+def levels_of(rollout):
+    grid, k = rollout.grid, rollout.step
+    return sorted({1.0, grid[k], grid[k + 1], 0.0}, reverse=True)
+
+
+def check_jumps(jumps, z_1, rollout):
+    """Jumps of one chunk from its noise; returns its z_0."""
+    z, levels = z_1, levels_of(rollout)
+    assert len(jumps) == len(levels) - 1
+    for call, t, r in zip(jumps, levels, levels[1:]):
+        torch.testing.assert_close(call.z, z, rtol=1e-4, atol=1e-5)
+        assert call.t.tolist() == pytest.approx([t] * 8) and call.r.tolist() == pytest.approx([r] * 8)
+        z = call.z - (t - r) * call.u
+    return z
+
+
+def test_distill_rolls_out_scores_cotrains_and_trains_the_fake_score():
+    c = settings("distill")
+    calls, batch, log = one_update(c)
+    jumps, z_0 = distill_expectations(calls, batch, c, log)
+    assert all(call.gradient for call in jumps)
+    made = check_jumps(jumps, batch.rollout.z_1, batch.rollout)
+    torch.testing.assert_close(made, z_0, rtol=1e-3, atol=1e-3)
+    forward = [call for call in calls if call.name == "student" and call.text != "prompt"]
+    check_forward_loss(forward, batch, c, log)
+    order = [call.name for call in calls]
+    assert order == ["student"] * len(jumps) + ["teacher"] * 2 + ["fake"] + ["student"] * 4 + ["fake"]
+
+
+def test_causal_distill_rolls_out_whole_clips_on_the_students_own_cache():
+    """All chunks from noise, nothing of the data; then all but the last are made again."""
+    c = settings("distill", causal=True)
+    calls, batch, log = one_update(c)
+    jumps, z_0 = distill_expectations(calls, batch, c, log)
+    each = len(levels_of(batch.rollout)) - 1
+    first, again = jumps[:4 * each], jumps[4 * each:]
+    assert len(again) == 3 * each
+    assert [call.gradient for call in first] == [False] * 3 * each + [True] * each
+    assert all(call.gradient for call in again)
+    for i in range(4):
+        rows = slice(i * each, (i + 1) * each)
+        noise, chunk = batch.rollout.z_1[:, i:i + 1], z_0[:, i:i + 1]
+        for calls_of_chunk in (first[rows], again[rows]):
+            if calls_of_chunk:
+                made = check_jumps(calls_of_chunk, noise, batch.rollout)
+                torch.testing.assert_close(made, chunk, rtol=1e-3, atol=1e-3)
+                strides = [cached.stride for cached in calls_of_chunk[0].context.cache]
+                assert strides == [2] * max(0, i - 1) + [1] * min(1, i)       # 2 full chunks
+    written = [call for call in calls if call.method != "forward" and call.text == "prompt"]
+    assert written and not any(call.gradient for call in written)
+    for call in written:                             # what is cached is the student's own
+        start = call.context.start
+        own = z_0[:, start:start + call.z.shape[1]]
+        torch.testing.assert_close(call.z, own, rtol=1e-3, atol=1e-3)
+
+
+def test_a_fresh_rollout_is_of_the_updated_student():
+    c = settings("distill", fake_rollout="fresh", lr=0.1)
+    calls, batch, log = one_update(c)
+    rollout = [call for call in calls if call.name == "student" and call.text == "prompt"]
+    fresh = [call for call in rollout if not call.gradient]
+    made = check_jumps(fresh, batch.fake_rollout.z_1, batch.fake_rollout)
+    t = flowmap.expand(batch.fake_t, made)
+    z = (1 - t) * made + t * batch.fake_noise
+    torch.testing.assert_close(calls[-1].z, z, rtol=1e-3, atol=1e-3)
+
+
+MUTATIONS = {
+    "teacher and fake score swapped": lambda patch: swap_scores(patch),
+    "cond and uncond swapped in DMD": lambda patch: patch.setattr(
+        flowmap, "guided", lambda u_c, u_0, w, true=flowmap.guided: true(u_0, u_c, w)),
+    "the empty prompt replaced by the prompt": lambda patch: patch.setattr(
+        updates, "kept_text", lambda batch: batch.null_text),
+    "the fake score trained on zeros": lambda patch: patch.setattr(
+        dmd, "fake_score_error",
+        lambda u, z_0, n, t, true=dmd.fake_score_error: true(u, 0 * z_0, n, t)),
+    "teacher without guidance": lambda patch: patch.setattr(
+        flowmap, "guided", lambda u_c, u_0, w: u_c),
+    "the flow map asked for another r": lambda patch: patch.setattr(
+        backward_sim, "flow_map", lambda u, z, t, r, true=backward_sim.flow_map: true(u, z, t, 0 * r)),
+}
+
+
+def swap_scores(patch):
+    true = updates.score_gradient
+    patch.setattr(updates, "score_gradient",
+                  lambda z_0, teacher, fake, batch, c: true(z_0, fake, teacher, batch, c))
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_wiring_fails(name, monkeypatch):
+    """The tests above do fail where they should."""
+    MUTATIONS[name](monkeypatch)
+    monkeypatch.setitem(backward_sim.SIMULATIONS, "flow-map", backward_sim.flow_map_simulation)
+    with pytest.raises(AssertionError):
+        test_distill_rolls_out_scores_cotrains_and_trains_the_fake_score()
+
+
+# --- the gradient of a causal rollout
+
+def gradients_of(network):
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("rollout", ["flow-map", "consistency"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_chunk_by_chunk_the_gradient_is_that_of_the_whole_graph(rollout, checkpointing):
+    c = settings("distill", causal=True, rollout=rollout, checkpointing=checkpointing)
+    batch, student = updates.draw_batch(c, Source(), WORLD, 1, 0), random_networks(c)["student"]
+    gradient = torch.randn(batch.x.shape, generator=distributed.generator("gradient"))
+    chunks = list(updates.roll_out(student, batch, batch.rollout, c, graph="all"))
+    loss = dmd.dmd_loss(torch.cat(chunks, 1), gradient)
+    (loss.sum() / c.batch_size).backward()
+    whole = gradients_of(student)
+    student.zero_grad()
+    chunks = list(updates.roll_out(student, batch, batch.rollout, c, graph="last"))
+    assert [chunk.requires_grad for chunk in chunks] == [False, False, False, True]
+    z_0 = torch.cat([chunk.detach() for chunk in chunks], 1)
+    train.backward_chunks(chunks.pop(), z_0, gradient, batch, student, True, c, WORLD)
+    assert (gradients_of(student) - whole).norm() < 1e-5 * whole.norm() and whole.norm() > 0.1
+
+
+def test_later_chunks_change_no_gradient_of_earlier_ones():
+    """What they write into their caches is made after, and apart."""
+    c = settings("distill", causal=True)
+    batch, student = updates.draw_batch(c, Source(), WORLD, 1, 0), random_networks(c)["student"]
+    rows = batch.rollout.z_1.clone()
+    found = []
+    for noise in (rows, torch.cat([rows[:, :2], 2 * rows[:, 2:]], 1)):
+        rollout = replace(batch.rollout, z_1=noise)
+        chunks = list(updates.roll_out(student, batch, rollout, c, graph="all"))
+        student.zero_grad()
+        chunks[1].square().sum().backward()
+        found.append(gradients_of(student))
+    assert torch.equal(*found)
+
+
+def test_at_most_one_chunks_graph_is_alive(monkeypatch):
+    """When a chunk is made with gradient, all that was saved for the chunks before is gone."""
+    c = settings("distill", causal=True)
+    batch, student = updates.draw_batch(c, Source(), WORLD, 1, 0), random_networks(c)["student"]
+    alive, found, true = weakref.WeakSet(), [], backward_sim.SIMULATIONS["flow-map"]
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            alive.add(self)
+
+    def simulate(*args):
+        if torch.is_grad_enabled():
+            found.append(len(alive))
+        return true(*args)
+    monkeypatch.setitem(backward_sim.SIMULATIONS, "flow-map", simulate)
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        chunks = list(updates.roll_out(student, batch, batch.rollout, c, graph="last"))
+        assert len(alive) > 100                      # the last one's, until its backward pass
+        z_0 = torch.cat([chunk.detach() for chunk in chunks], 1)
+        train.backward_chunks(chunks.pop(), z_0, z_0, batch, student, True, c, WORLD)
+    assert found == [0, 0, 0, 0]
+
+
+def test_the_cache_is_that_of_generation():
+    """A rollout's chunks are what the sampler makes from the same noise in the same jumps."""
+    c = settings("distill", causal=True)
+    batch, student = updates.draw_batch(c, Source(), WORLD, 1, 0), random_networks(c)["student"]
+    made = torch.cat(list(updates.roll_out(student, batch, batch.rollout, c)), 1)
+    context = updates.Context(batch.text)
+    with torch.no_grad():
+        for i in range(4):
+            u = flowmap.conditioned(student, context)
+            z_0 = flowmap.euler_sample(u, batch.rollout.z_1[:, i:i + 1], levels_of(batch.rollout))
+            torch.testing.assert_close(z_0, made[:, i:i + 1], rtol=1e-4, atol=1e-5)
+            context = append_chunk(student, context, z_0, c.full_chunks)
+    assert isinstance(student, FlowMapDiT)

@@ -253,7 +253,7 @@ def case_of(args, stage: str, checkpointing: bool, parser) -> Case:
 
 
 def plan_main(args, parser) -> None:
-    stages = STAGES if args.stage == "all" else [args.stage]
+    stages = STAGES[args.causal:] if args.stage == "all" else [args.stage]     # one teacher
     kinds = (True, False) if args.checkpointing is None else [args.checkpointing]
     cases = [case_of(args, stage, on, parser) for stage, on in product(stages, kinds)]
     print(f"{args.preset}, latents {' x '.join(map(str, cases[0].shape))}, {args.gpus} GPUs, a "
@@ -342,6 +342,8 @@ def parse_args(argv=None):
     for name in at_least_1:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.causal and args.stage == "pretrain":
+        parser.error("--causal is for stages flowmap and distill; the teacher sees whole clips")
     if (args.lora_rank or 0) < 0 or args.window < 0 or args.full_chunks < 0:
         parser.error("--lora-rank, --window and --full-chunks: must be at least 0")
     return args, parser

@@ -46,18 +46,3 @@ def consistency_simulation(u, z_1: torch.Tensor, grid, step: int, renoise) -> to
 # Every rollout is called as simulation(u, z_1, grid, step, renoise). The first draws no noise; the
 # second always trains its last step.
 SIMULATIONS = {"flow-map": flow_map_simulation, "consistency": consistency_simulation}
-
-
-def chunk_by_chunk(jump, write, context, z_1: torch.Tensor, chunks):
-    """The causal rollout, for training and for sampling: yields each chunk's z_0 as it is ready.
-
-    z_1 (B, F, ...) noise; chunks: frames of each chunk, adding up to F. jump(z, context) turns a
-    chunk's noise into its z_0 by any of the samplers or simulations; write(context, z_0) is the
-    context of the next chunk, made without gradient.
-    """
-    for i, noise in enumerate(z_1.split(list(chunks), 1)):
-        z_0 = jump(noise, context)
-        yield z_0
-        if i + 1 < len(chunks):
-            with torch.no_grad():
-                context = write(context, z_0.detach())

@@ -46,7 +46,8 @@ def build(c: Config, config: ModelConfig, world, below: dict | None = None) -> d
 
 def lay_out(c: Config, config: ModelConfig, world, adapters=(), below=None) -> torch.nn.Module:
     if c.compile:    # a block is called with each past, with and without gradient, by each adapter
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
+        torch._dynamo.config.recompile_limit = 512
+        torch._dynamo.config.accumulated_recompile_limit = 512
         torch._dynamo.config.fail_on_recompile_limit_hit = True      # never eager without a word
     with torch.device("meta"):
         network = FlowMapDiT(config)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from cache import append_chunk  # noqa: E402
 from distributed import generator  # noqa: E402
 from flowmap import time_grid  # noqa: E402
 from model import FlowMapDiT, ModelConfig  # noqa: E402
@@ -27,6 +28,16 @@ CAUSAL = replace(SMALL, compressed=True)
 # Their cached inference step pads queries and keys to a multiple of 128 tokens without a mask, so
 # that zero keys take part in the softmax. Hence 16 x 8 patches a frame here, which need no padding.
 ROLLOUT, ROLLOUT_SIDES = replace(CAUSAL, channels=2), (16, 8)
+
+
+def rollout(net, jump, context, z, chunks, full_chunks):
+    """A clip, chunk by chunk. jump(z, context): a chunk's z_0; it is cached without gradient."""
+    made = []
+    for noise in z.split(list(chunks), 1):
+        made.append(jump(noise, context))
+        with torch.no_grad():
+            context = append_chunk(net, context, made[-1].detach(), full_chunks)
+    return torch.cat(made, 1)
 
 
 def network(config=SMALL, seed=0):

@@ -9,21 +9,17 @@ import golden
 import model
 import pipeline
 import wan
+from cache import Context, append_chunk, teacher_forced
 from flowmap import conditioned, euler_sample, time_grid
 from golden import CAUSAL, ROLLOUT, ROLLOUT_SIDES, SMALL, inputs, network
-from cache import Context, append_chunk, teacher_forced
 
 PARTITIONS = [(1, 3, 3, 3, 3, 3, 3, 2), (2,) * 6, (1,) * 5]
 
 
 def rollout(net, jump, context, z, chunks, full_chunks):
     """A clip, chunk by chunk. jump(z, u): a chunk's z_0 from its noise."""
-    def make(z, context):
-        return jump(z, conditioned(net, context))
-
-    def append(context, z_0):
-        return append_chunk(net, context, z_0, full_chunks)
-    return torch.cat(list(backward_sim.chunk_by_chunk(make, append, context, z, chunks)), 1)
+    return golden.rollout(net, lambda z, context: jump(z, conditioned(net, context)), context, z,
+                          chunks, full_chunks)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -187,13 +187,14 @@ def test_three_stages_export_and_the_same_latents_in_diffusers(base, videos, tmp
     size = flags_of(f"--height {height} --width {width}")
     shards = encode(base, videos, tmp_path / "shards", *size)
     for stage in STAGES:
-        start = ["--base", base] if stage == "pretrain" else []
-        trained(run, stage, shards, "--lr", "1e-3", "--lora-rank", rank, *start, *flags)
-    out = wan.export(run / "distill", tmp_path / "out", base)
+        more = ["--base", base] if stage == "pretrain" else flags
+        done = trained(run, stage, shards, "--lr", "1e-3", "--lora-rank", rank, *more)
+    assert done.name == ("causal-distill" if flags else "distill")
+    out = wan.export(done, tmp_path / "out", base)
     theirs = diffusers.AnyFlowFARPipeline if flags else diffusers.AnyFlowPipeline
     pipe = theirs.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
-    ours = sample.load_pipeline(run / "distill", base=base)
+    ours = sample.load_pipeline(done, base=base)
     again = sample.load_pipeline(out, base=base, frames=9, height=height, width=width)
     assert (again.chunks, again.latent_shape) == (ours.chunks, ours.latent_shape)
     assert again.config["full_chunks"] == (2 if flags else 0)
@@ -549,7 +550,8 @@ def test_sizes_that_the_autoencoder_cannot_take(base_5b, videos, tmp_path, flags
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("flags", ["", "--lora-rank 4 --causal --chunks 1,1,1 --full-chunks 2"])
+@pytest.mark.parametrize("flags", ["--lora-rank 0",
+                                   "--lora-rank 4 --causal --chunks 1,1,1 --full-chunks 2"])
 def test_an_image_to_video_network_is_distilled(base_i2v, videos, shards, tmp_path, flags,
                                                 monkeypatch):
     """Shards made with its folder hold what it is told of first frames; three stages see it, also
@@ -574,12 +576,12 @@ def test_an_image_to_video_network_is_distilled(base_i2v, videos, shards, tmp_pa
     monkeypatch.setattr(FlowMapDiT, "run", noted)
     run, picture, out = tmp_path / "run", tmp_path / "start.png", tmp_path / "clip.mp4"
     for stage in STAGES:
-        start = ["--base", base_i2v] if stage == "pretrain" else []
-        trained(run, stage, made, "--lr", "1e-3", "--lora-rank", "0", *start, *flags.split())
+        more = ["--base", base_i2v] if stage == "pretrain" else flags.split()[2:]
+        done = trained(run, stage, made, "--lr", "1e-3", *flags.split()[:2], *more)
     assert {context.condition.shape[1:] for context in seen} == {(3, 20, 4, 8)}
     assert {context.image.shape[1:] for context in seen} == {(5, 28)}
     iio.imwrite(picture, IMAGE.numpy())
-    sample.main(flags_of(f"--ckpt {run / 'distill'} --base {base_i2v} --steps 2 --image {picture} "
+    sample.main(flags_of(f"--ckpt {done} --base {base_i2v} --steps 2 --image {picture} "
                          f"--out {out} --prompt", CAPTIONS[0]))
     assert iio.imread(out).shape[0] == 9
 

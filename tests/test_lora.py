@@ -6,17 +6,18 @@ from functools import partial
 import pytest
 import torch
 
-import backward_sim
 import checkpoint
 import distributed
 import dmd
 import flowmap
 import lora
-import meanflow
+import networks
 import pipeline
+import updates
 import wan
-from cache import Context, append_chunk, teacher_forced
+from cache import Context, teacher_forced
 from checkpoint import Tensors
+from config import Config
 from model import PRESETS, FlowMapDiT
 
 CONFIG = replace(PRESETS["tiny"], compressed=True)
@@ -43,12 +44,14 @@ def shared():
     adapted, apart = {}, {}
     base.requires_grad_(False)
     for name in NAMES:
-        lora.add_adapter(base, name, RANK, ALPHA)
+        score = name != "student"
+        lora.add_adapter(base, name, RANK, ALPHA, lora.SCORE if score else ())
         adapted[name] = lora.Adapted(base, name)
         state = random_state(adapted[name], name)
         checkpoint.load_weights(adapted[name], state, "test")
-        apart[name] = FlowMapDiT(CONFIG)
         merged = Tensors(lora.merged(weights, state, ALPHA / RANK))
+        config, merged = wan.as_asked(CONFIG, merged, not score, not score)
+        apart[name] = FlowMapDiT(config)
         checkpoint.load_weights(apart[name], merged, "test")
     return adapted, apart
 
@@ -59,27 +62,18 @@ def inputs():
 
 
 def losses(nets):
-    """Every loss of distill, the causal way: two chunks trained after a compressed one."""
+    """Every loss of causal distill: two chunks trained after a compressed one, a whole rollout."""
     x, n, text, t, r = inputs()
-    chunks, full = (1, 1, 2), 2
-    context = {name: teacher_forced(net, x, text, chunks, full) for name, net in nets.items()}
-    student, own = nets["student"], context["student"]
-    new, start = n[:, 1:], own.start
-    flow = meanflow.meanflow_error(student, x[:, start:], new, t, r, own, own,
-                                   torch.tensor([False, True]), guidance=2.0)
-
-    def jump(z, context):
-        u = flowmap.conditioned(student, context)
-        return backward_sim.flow_map_simulation(u, z, flowmap.time_grid(4, 5.0), 1)
-
-    def append(context, z_0):
-        return append_chunk(student, context, z_0, 0)
-    first = Context(text, own.cache[:1], start)
-    z_0 = torch.cat(list(backward_sim.chunk_by_chunk(jump, append, first, new, chunks[1:])), 1)
-    real, fake = (flowmap.conditioned(nets[name], context[name]) for name in ("teacher", "fake"))
-    gradient = dmd.dmd_gradient(z_0.detach(), new, t, real, fake)
-    return {"flow map": flow, "dmd": dmd.dmd_loss(z_0, gradient),
-            "fake": dmd.fake_score_error(fake, z_0, new, t)}
+    c = Config(stage="distill", causal=True, chunks="1,1,2", full_chunks=2)
+    dropped = torch.tensor([False, True])
+    rollout = updates.Rollout(flowmap.time_grid(4, 5.0), 1, n, [])
+    batch = updates.Batch(x, n[:, 1:], text, 0 * text, dropped, {}, (1, 1, 2), 1, t, r, (0, 0, 2),
+                          True, rollout=rollout, tau=t, tau_noise=n, fake_t=t, fake_noise=n)
+    z_0 = torch.cat(list(updates.roll_out(nets["student"], batch, rollout, c, graph="all")), 1)
+    gradient = updates.score_gradient(z_0.detach(), nets["teacher"], nets["fake"], batch, c)
+    return {"flow map": updates.flow_map_error(nets["student"], batch, c),
+            "dmd": dmd.dmd_loss(z_0, gradient),
+            "fake": updates.fake_score_error(nets["fake"], batch, z_0, c)}
 
 
 def test_three_adapters_on_one_base_are_three_networks(shared):
@@ -279,6 +273,38 @@ def test_an_adapter_of_an_adapter_is_whole_in_bf16(tmp_path):
         kept = module.weight.float() + pair.scale * pair.up.float() @ pair.down.float()
         kept, exact = kept - W.bfloat16().float(), merged[f"{path}.weight"] - W
         assert (kept - exact).norm() < 0.01 * exact.norm(), path
+
+
+def test_training_on_an_adapter_stage_keeps_its_adapter_apart_from_bf16_weights(tmp_path):
+    """As a frozen adapter below the one that is trained, of which distill's scores are, too."""
+    teacher = replace(CONFIG, second_time=False, compressed=False)
+    root, weights = saved_stage(tmp_path / "root", teacher)
+    first, below = saved_stage(tmp_path / "first", teacher, 2, root, scale=0.01)
+    world = distributed.World(0, 1, torch.device("cpu"))
+    x, _, text, t, _ = inputs()
+    merged = FlowMapDiT(teacher)
+    state = Tensors(lora.merged(weights, below, ALPHA / 2))
+    checkpoint.load_weights(merged, state, "test")
+    for stage, bf16 in (("pretrain", False), ("flowmap", False), ("flowmap", True)):
+        c = Config(stage=stage, preset="tiny", base=str(first), lora_rank=3, lora_alpha=3.0,
+                   run_dir=str(tmp_path / "run"))
+        found = networks.find_weights(c)
+        nets = networks.build(c, found.config, world, found.below)
+        base = nets["student"].network
+        if bf16:                                     # as under --bf16, but not sharded
+            base.to(torch.bfloat16)
+        networks.fill(nets, found, c, world)
+        trained = [name for name, p in base.named_parameters() if p.requires_grad]
+        assert trained and all(".adapters.student." in name for name in trained)
+        pair = base.blocks[0].ffn.up.adapters["below"]
+        if bf16:
+            weight = weights["blocks.0.ffn.up.weight"]
+            assert torch.equal(base.blocks[0].ffn.up.weight, weight.bfloat16())
+            torch.testing.assert_close(pair.up.float(), below["blocks.0.ffn.up.up"], rtol=1e-2,
+                                       atol=1e-4)
+        else:
+            u = nets["student"](x, t, t, Context(text))
+            torch.testing.assert_close(u, merged(x, t, t, Context(text)), rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_of_different_bases_do_not_mix(tmp_path, monkeypatch):

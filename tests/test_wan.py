@@ -6,13 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import backward_sim
 import checkpoint
 import wan
+from cache import Context
 from distributed import generator
 from flowmap import conditioned, euler_sample, first_frames_given, flow_map, time_grid
-from golden import CAUSAL, ROLLOUT, ROLLOUT_SIDES, SMALL, inputs, network, theirs
-from cache import Context, append_chunk
+from golden import CAUSAL, ROLLOUT, ROLLOUT_SIDES, SMALL, inputs, network, rollout, theirs
 from model import PRESETS, FlowMapDiT
 
 PLAIN = replace(SMALL, second_time=False)
@@ -256,11 +255,7 @@ def test_an_exported_model_samples_alike_in_diffusers(tmp_path, causal, first_fr
             if first_frame and context.start == 0:
                 return given
             return euler_sample(conditioned(net, context), z, grid)
-
-        def append(context, z_0):
-            return append_chunk(net, context, z_0, 3)
-        pieces = backward_sim.chunk_by_chunk(jump, append, Context(text), z, chunks)
-        ours = torch.cat(list(pieces), 1)
+        ours = rollout(net, jump, Context(text), z, chunks, 3)
     else:
         ours, u = z, conditioned(net, text)
         if first_frame:

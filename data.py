@@ -181,8 +181,7 @@ class Shards:
             self.latent_shape = tuple(self.manifest["latent_shape"])
             self.text_shape = tuple(self.manifest["text_shape"])
         except FileNotFoundError:
-            raise ValueError(f"{path}: has no manifest.json, so it is no folder of shards, or not "
-                             f"a finished one: {again}") from None
+            raise ValueError(f"{path}: has no manifest.json, no finished shards: {again}") from None
         except (ValueError, KeyError) as error:
             raise ValueError(f"{self.path / 'manifest.json'}: not what was written ({error}); "
                              f"{again}") from None
@@ -229,8 +228,7 @@ class ShardWriter:
         self.made_by = json.loads(json.dumps(made_by | {"processes": parts}))
         begun = self.folder / "made_by.json"
         if not begun.exists() and any(self.folder.glob("part-*")):
-            raise ValueError(f"{folder} holds shards and no made_by.json that says how they were "
-                             f"made: give another folder")
+            raise ValueError(f"{folder} holds shards without made_by.json: give another folder")
         if begun.exists():
             before = json.loads(begun.read_text())
             for name in self.made_by:
@@ -245,8 +243,7 @@ class ShardWriter:
                 with safe_open(file, "pt") as opened:
                     keys = json.loads(opened.metadata()["keys"])
             except (SafetensorError, OSError):
-                raise ValueError(f"{file}: not a whole shard; delete it and run the same command "
-                                 f"again") from None
+                raise ValueError(f"{file}: no whole shard; delete it and run again") from None
             self.done |= set(keys)
             self.shards.append((file, len(keys)))
 

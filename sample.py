@@ -82,23 +82,20 @@ def make_parser() -> cli.Parser:
         "Sample clips from a trained run.",
         'python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4')
     add = parser.add_argument
-    add("--prompt", action="append", default=[],
-        help="what to show; may be given several times (default none: --prompts)")
-    add("--prompts", type=Path, metavar="FILE", help="a file with a prompt a line, or a .json list "
-        "of prompts or of VBench's entries with prompt_en (default none)")
+    add("--prompt", action="append", default=[], help="what to show; repeatable (default none)")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or a .json list of prompts "
+        "or of VBench's entries with prompt_en (default none)")
     add("--run-dir", type=Path, help="the run (default runs/toy-shapes)")
     add("--causal", action="store_true", help="sample the run's causal student (default off)")
-    add("--ckpt", type=Path, help="a finished stage RUN/STAGE, or Wan or AnyFlow weights, in place "
-        "of --run-dir (default none)")
-    add("--base", type=Path, help="the weights' pipeline folder of Wan2.1 or Wan2.2-TI2V-5B, for "
-        "its encoders (default none, for networks of the toy sets)")
+    add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: of --run-dir)")
+    add("--base", type=Path, help="the weights' pipeline folder, for its encoders: Wan2.1 or "
+        "Wan2.2-TI2V-5B (default none, for networks of the toy sets)")
     add("--height", type=int, default=480, help="pixels, for weights without a run (default 480)")
     add("--width", type=int, default=832, help="pixels, for weights without a run (default 832)")
     add("--stage", type=cli.choice(("pretrain", "flowmap", "distill")), metavar="NAME",
         help="pretrain, flowmap or distill (default: the furthest that is finished)")
     add("--steps", type=int, default=4, help="network calls, any number from 1 up (default 4)")
-    add("--grid", metavar="T,T,...",
-        help="your own times from 1 down to 0, instead of --steps (default none)")
+    add("--grid", metavar="T,...", help="times from 1 to 0, in place of --steps (default none)")
     add("--shift", type=float, help="timestep shift of the grid (default: the one trained with)")
     add("--seed", type=int, default=0, help="of the first clip; others count on (default 0)")
     add("--per-prompt", type=int, default=1, help="clips of each prompt (default 1)")
@@ -112,28 +109,23 @@ def make_parser() -> cli.Parser:
         "causal weights that do not say so, as Self-Forcing's 3,3,3,3,3,3,3 (default none)")
     add("--image", type=Path, help="the clip starts with this picture: an input of Wan2.1-I2V; of "
         "others the first chunk or, of a bidirectional model, latent frame (default none)")
-    add("--video", type=Path,
-        help="causal: the clip goes on from this one's whole chunks (default none)")
+    add("--video", type=Path, help="causal: go on from the chunks of this clip (default none)")
     add("--prompt-at", nargs=2, action="append", default=[], metavar=("M", "PROMPT"),
         help="causal: another prompt from chunk M = 0, 1, ... on; repeatable (default none)")
-    add("--window", type=int, help="causal: past chunks that are kept; 0: all (default: as "
-        "many as in training, which long videos need)")
-    add("--stream", action="store_true", help="write each chunk as soon as it is ready; prints the "
-        "time to the first and the frames a second (default off)")
-    add("--tiling", action="store_true", help="Wan's autoencoder works in overlapping tiles of 256 "
-        "x 256 pixels: less GPU memory, a little slower (default off)")
+    add("--window", type=int, help="causal: past chunks kept, 0: all (default: as in training)")
+    add("--stream", action="store_true", help="write and time chunk by chunk (default off)")
+    add("--tiling", action="store_true", help="Wan's autoencoder works in overlapping tiles: less "
+        "GPU memory, a little slower (default off)")
     add("--bf16", action=argparse.BooleanOptionalAction, default=None, help="weights in bf16, or "
         "with --no-bf16 in fp32 (default: bf16 for Wan's networks on a GPU)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
         help="auto, cpu or cuda (default auto)")
     add("--out", type=Path, default=Path("clip.mp4"),
         help="a .mp4, .gif or .png file; several clips are numbered (default clip.mp4)")
-    add("--vbench", action="store_true",
-        help="name clips PROMPT-0.mp4, PROMPT-1.mp4, ... in the folder --out (default off)")
+    add("--vbench", action="store_true", help="clips PROMPT-0.mp4, ... in --out (default off)")
     add("--save-latents", type=Path, metavar="SHARDS", help="write shards to train on, in place of "
         "clips; also under torchrun, and the same command goes on (default none)")
-    add("--sheet", type=Path, metavar="PNG",
-        help="also a picture with a row of frames for each clip (default none)")
+    add("--sheet", type=Path, metavar="PNG", help="also a row of each clip's frames (default none)")
     return parser
 
 
@@ -202,9 +194,9 @@ def main(argv=None) -> None:
     parser = make_parser()
     args = parser.parse(argv)
     try:
-        captions = read_prompts(args)
+        prompts = read_prompts(args)
         check(args)
-        grid = read_grid(args.grid) if args.grid else None
+        times = read_grid(args.grid) if args.grid else None
         run = args.run_dir or Path("runs/toy-shapes")
         named = args.stage and run / folder_of(args.stage, args.causal)
         stage = args.ckpt or named or newest_stage(run, args.causal)
@@ -214,9 +206,9 @@ def main(argv=None) -> None:
                              f"torchrun out")
         pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height,
                                  args.width, args.tiling, args.bf16, args.chunks)
-        grid = grid or flowmap.time_grid(args.steps, args.shift or pipeline.config["shift"])
+        grid = times or flowmap.time_grid(args.steps, args.shift or pipeline.config["shift"])
         options = sampling_options(args, pipeline, stage)
-        captions = [caption for caption in captions for _ in range(args.per_prompt)]
+        captions = [prompt for prompt in prompts for _ in range(args.per_prompt)]
         seeds = list(range(args.seed, args.seed + len(captions)))
         if args.stream:
             if len(captions) > 1:
@@ -294,10 +286,8 @@ def read_prompts(args) -> list[str]:
         if not path.is_file():
             raise ValueError(f"--prompts {path}: no such file")
         text = path.read_text("utf-8")
-        if path.suffix == ".json":
-            captions += read_json(text, path)
-        else:
-            captions += [line.strip() for line in text.splitlines() if line.strip()]
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        captions += read_json(text, path) if path.suffix == ".json" else lines
     if not captions and path:
         raise ValueError(f"--prompts {path}: holds no prompt; write one a line")
     if not captions:

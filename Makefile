@@ -2,6 +2,7 @@
 # teacher that make demo trained.   make test: the whole test suite.   make lint: names, imports, lines.
 PYTHON ?= python3
 RUN ?= runs/toy-shapes
+LOOP ?= runs/toy-loop
 BIN = .venv/bin
 
 .PHONY: demo demo-causal test lint
@@ -15,12 +16,13 @@ demo: .venv/ready
 	@echo "clips: $(RUN)/clips    figure: $(RUN)/eval/curve.png    table: $(RUN)/eval/table.md"
 
 demo-causal: .venv/ready
-	$(BIN)/python train.py --causal --stage pretrain --run-dir $(RUN)-causal --base $(RUN)/pretrain
-	$(BIN)/python train.py --causal --stage flowmap --run-dir $(RUN)-causal
-	$(BIN)/python train.py --causal --stage distill --run-dir $(RUN)-causal
-	$(BIN)/python sample.py --run-dir $(RUN)-causal --prompts assets/prompts.txt --steps 4 --out $(RUN)-causal/clips/clip.mp4 --sheet $(RUN)-causal/clips/sheet.png
-	$(BIN)/python eval.py --models $(RUN)/distill,$(RUN)-causal/flowmap,$(RUN)-causal/distill --out $(RUN)-causal/eval
-	@echo "clips: $(RUN)-causal/clips    figure: $(RUN)-causal/eval/curve.png    table: $(RUN)-causal/eval/table.md"
+	$(BIN)/python train.py --stage pretrain --run-dir $(RUN)
+	$(BIN)/python train.py --stage pretrain --run-dir $(LOOP) --data loop --frames 16 --base $(RUN)/pretrain --steps 1000 --lr 1e-3
+	$(BIN)/python train.py --causal --stage flowmap --run-dir $(LOOP)
+	$(BIN)/python train.py --causal --stage distill --run-dir $(LOOP)
+	$(BIN)/python sample.py --causal --run-dir $(LOOP) --prompts assets/prompts.txt --steps 4 --out $(LOOP)/clips/clip.mp4 --sheet $(LOOP)/clips/sheet.png
+	$(BIN)/python eval.py --run-dir $(LOOP) --models causal-flowmap,causal-distill --steps 1,4,32
+	@echo "clips: $(LOOP)/clips    figure: $(LOOP)/eval/curve.png    table: $(LOOP)/eval/table.md"
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests

@@ -165,8 +165,8 @@ CAUSAL_RECIPES = {
     "wan-5b": WAN_CAUSAL,
     "wan-14b": WAN_CAUSAL,
     "toy": {
-        "flowmap": dict(steps=1500),
-        "distill": dict(steps=120, real_guidance=1.5),
+        "flowmap": dict(steps=1000),
+        "distill": dict(steps=100, real_guidance=1.5),
     },
     "tiny": {},
 }

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train, "sample": sample, "data": data, "eval": evaluation, "wan": wan,
            "bench": bench}
 PROMPT = ["--prompt", "a red circle moving left"]
-RUN, CAUSAL, STAGE = ["--run-dir", "run"], ["--run-dir", "causal"], "run/distill"
+RUN, CAUSAL, STAGE = ["--run-dir", "run"], ["--run-dir", "run", "--causal"], "run/distill"
 TINY = ["--preset", "tiny", "--run-dir", "new"]
 TWO = ["--preset", "tiny", "--steps", "2", "--run-dir"]
 ENCODE = ["encode", "--base", "good", "--out", "o", "--videos"]
@@ -43,11 +43,12 @@ class Code:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished run and a causal one, clips, shards, weights, and broken ones of each."""
+    """A finished run, causal too, clips, shards, weights, and broken ones of each."""
     folder = tmp_path_factory.mktemp("bad")
     for stage in STAGES:
-        for run, flags in (("run", []), ("causal", ["--causal", "--full-chunks", "2"])):
-            train.main([*TWO, str(folder / run), "--stage", stage, *flags])
+        train.main([*TWO, str(folder / "run"), "--stage", stage])
+    for stage in STAGES[1:]:
+        train.main([*TWO, str(folder / "run"), "--stage", stage, "--causal", "--full-chunks", "2"])
     (folder / "half").mkdir()
     shutil.copytree(folder / "run" / "pretrain", folder / "half" / "pretrain")
     for name, change in (("truncated", lambda stage: cut(stage / "model.safetensors")),
@@ -55,7 +56,7 @@ def folder(tmp_path_factory):
         shutil.copytree(folder / "run" / "pretrain", folder / name / "pretrain")
         change(folder / name / "pretrain")
     # The training state of another network, and one that is damaged.
-    shutil.copytree(folder / "causal" / "flowmap" / "checkpoints",
+    shutil.copytree(folder / "run" / "causal-flowmap" / "checkpoints",
                     folder / "other" / "pretrain" / "checkpoints")
     shutil.copytree(folder / "run" / "pretrain", folder / "damaged" / "pretrain")
     for file in (folder / "damaged" / "pretrain" / "checkpoints").rglob("*.safetensors"):
@@ -133,8 +134,8 @@ CASES = [
      "--stage flowmap --base run/flowmap"),
     ("train", [*TINY, "--frames", "7"], "(7, 16, 16)", "divisible by the patch (2, 4, 4)"),
     ("train", [*TINY, "--size", "15"], "15", "divisible by the patch"),
-    ("train", [*TINY, "--causal", "--base", "none", "--chunks", "1,2"], "--chunks 1,2",
-     "clips have 4 latent frames"),
+    ("train", [*TINY, "--stage", "flowmap", "--base", STAGE, "--causal", "--chunks", "1,2"],
+     "--chunks 1,2", "clips have 4 latent frames"),
     ("train", [*TINY, "--chunks", "2,2"], "--chunks", "--causal"),
     ("train", [*TINY, "--device", "cuda"], "device cuda", "--device cpu"),
     ("train", [*TINY, "--micro-batch", "3"], "--batch-size 8", "not a multiple of 3"),
@@ -191,7 +192,7 @@ CASES = [
     ("sample", [*CAUSAL, *PROMPT, *PROMPT, "--stream"], "--stream", "one prompt"),
     ("sample", [*CAUSAL, *PROMPT, "--stream", "--out", "clip.png"], "clip.png", ".mp4 or .gif"),
     ("sample", [*CAUSAL, *PROMPT, "--chunks", "2,2"],
-     "--chunks: causal/distill was trained with chunks of [1, 1, 1, 1]", "--frames"),
+     "--chunks: run/causal-distill was trained with chunks of [1, 1, 1, 1]", "--frames"),
     # data
     ("data", ["encode"], "encode", "--videos"),
     ("data", ["encod"], "'encod'", "did you mean encode"),

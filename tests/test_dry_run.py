@@ -22,6 +22,7 @@ from pipeline import fit
 pytest.importorskip("diffusers", minversion="0.42")
 pytest.importorskip("transformers")
 CAPTIONS = ["a red ball rolls", "a blue ball rolls", "a red box falls"]
+CAUSAL = "--causal --chunks 1,1,1 --full-chunks 2"
 SMALL = "--frames 9 --height 32 --width 64".split()
 
 
@@ -35,6 +36,15 @@ def trained(run, stage: str, shards, *flags):
     text = f"--preset wan-1.3b --stage {stage} --data {shards} --run-dir {run} --steps 2"
     argv = flags_of(f"{text} --batch-size 2 --no-bf16", *flags)
     return train.train(parse_config(argv))
+
+
+def three_stages(run, shards, base, rank: int, causal: str):
+    """The folder of the last one; causal: flags of the student's stages."""
+    options = flags_of(f"--lr 1e-3 --lora-rank {rank}")
+    trained(run, "pretrain", shards, *options, "--base", base)
+    for stage in STAGES[1:]:
+        folder = trained(run, stage, shards, *options, *causal.split())
+    return folder
 
 
 def clip_of(pipeline, caption: str, seed: int, grid, *args, **options) -> torch.Tensor:
@@ -175,26 +185,22 @@ def test_damaged_shards_are_named(shards, tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", "4"])
-@pytest.mark.parametrize("flags", [[], ["--causal", "--chunks", "1,1,1", "--full-chunks", "2"]])
+@pytest.mark.parametrize("flags", ["", CAUSAL])
 def test_three_stages_export_and_the_same_latents_in_diffusers(base, videos, tmp_path, flags, rank,
                                                                capsys):
     """Frames of 128 tokens for the causal network: else Diffusers' cached step pads with zero keys
     (LOG.md)."""
     import diffusers
-    run, height, width = tmp_path / "run", 32, 64
-    if flags:
-        height, width = 128, 256
+    height, width = (128, 256) if flags else (32, 64)
     size = flags_of(f"--height {height} --width {width}")
     shards = encode(base, videos, tmp_path / "shards", *size)
-    for stage in STAGES:
-        more = ["--base", base] if stage == "pretrain" else flags
-        done = trained(run, stage, shards, "--lr", "1e-3", "--lora-rank", rank, *more)
-    assert done.name == ("causal-distill" if flags else "distill")
-    out = wan.export(done, tmp_path / "out", base)
+    made = three_stages(tmp_path / "run", shards, base, rank, flags)
+    assert made.name == ("causal-distill" if flags else "distill")
+    out = wan.export(made, tmp_path / "out", base)
     theirs = diffusers.AnyFlowFARPipeline if flags else diffusers.AnyFlowPipeline
     pipe = theirs.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
-    ours = sample.load_pipeline(done, base=base)
+    ours = sample.load_pipeline(made, base=base)
     again = sample.load_pipeline(out, base=base, frames=9, height=height, width=width)
     assert (again.chunks, again.latent_shape) == (ours.chunks, ours.latent_shape)
     assert again.config["full_chunks"] == (2 if flags else 0)
@@ -550,9 +556,8 @@ def test_sizes_that_the_autoencoder_cannot_take(base_5b, videos, tmp_path, flags
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("flags", ["--lora-rank 0",
-                                   "--lora-rank 4 --causal --chunks 1,1,1 --full-chunks 2"])
-def test_an_image_to_video_network_is_distilled(base_i2v, videos, shards, tmp_path, flags,
+@pytest.mark.parametrize("flags, rank", [("", 0), (CAUSAL, 4)])
+def test_an_image_to_video_network_is_distilled(base_i2v, videos, shards, tmp_path, flags, rank,
                                                 monkeypatch):
     """Shards made with its folder hold what it is told of first frames; three stages see it, also
     when the prompt is dropped."""
@@ -574,14 +579,12 @@ def test_an_image_to_video_network_is_distilled(base_i2v, videos, shards, tmp_pa
         seen.append(context)
         return forward(net, z, embed, e, context, **more)
     monkeypatch.setattr(FlowMapDiT, "run", noted)
-    run, picture, out = tmp_path / "run", tmp_path / "start.png", tmp_path / "clip.mp4"
-    for stage in STAGES:
-        more = ["--base", base_i2v] if stage == "pretrain" else flags.split()[2:]
-        done = trained(run, stage, made, "--lr", "1e-3", *flags.split()[:2], *more)
+    picture, out = tmp_path / "start.png", tmp_path / "clip.mp4"
+    stage = three_stages(tmp_path / "run", made, base_i2v, rank, flags)
     assert {context.condition.shape[1:] for context in seen} == {(3, 20, 4, 8)}
     assert {context.image.shape[1:] for context in seen} == {(5, 28)}
     iio.imwrite(picture, IMAGE.numpy())
-    sample.main(flags_of(f"--ckpt {done} --base {base_i2v} --steps 2 --image {picture} "
+    sample.main(flags_of(f"--ckpt {stage} --base {base_i2v} --steps 2 --image {picture} "
                          f"--out {out} --prompt", CAPTIONS[0]))
     assert iio.imread(out).shape[0] == 9
 

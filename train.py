@@ -164,8 +164,9 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
         return stage
     if world.is_main:
         runs.record(c, source, first)
-        if first:
-            say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}")
+        origins = ", ".join(f"{role} from {place}" for role, place in runs.origins(c).items())
+        say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}" if first else
+            f"stage {c.stage} in {stage}: {origins or 'fresh weights'}")
 
     log, in_a_row, started = distributed.Sums(LOGGED[c.stage]), 0, time.time()
     bar = tqdm(total=c.steps, initial=first, desc=f"{c.stage:8}", disable=not world.is_main,

@@ -77,17 +77,17 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     """The samples of an update that this rank takes in a micro-step. source: what data.open_data
     gives, behind its encoders."""
     stage = STAGES.index(c.stage)
-    key = 10**7 * stage + step                       # no stage draws what another drew
-    count = micro_batch(c, world)
+    keys = c.seed, 10**7 * stage + step              # no stage draws what another drew
+    count, shape = micro_batch(c, world), source.latent_shape
     slots = distributed.slots(world, count, micro_step)
 
     def generator(purpose: str) -> torch.Generator:
-        return distributed.generator(c.seed, key, purpose)
+        return distributed.generator(*keys, purpose)
 
     def noise(purpose: str) -> torch.Tensor:
-        return distributed.noise(source.latent_shape, c.seed, key, purpose, slots=slots)
+        return distributed.noise(shape, *keys, purpose, slots=slots)
 
-    chunks, start = draw_chunks(c, source.latent_shape[0], generator("chunks"))
+    chunks, start = draw_chunks(c, shape[0], generator("chunks"))
     clips = (step * c.batch_size + slots).tolist()
     x, text, conditioning = source.draw(clips, seed=c.seed + stage * SEEDS_A_STAGE)
     dropped = torch.rand(c.batch_size, generator=generator("drop"))[slots] < c.text_drop
@@ -107,9 +107,9 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
             whole_t = flowmap.logit_normal_time(generator("whole"), c.batch_size, c.shift)
             batch.whole_t, batch.whole_noise = whole_t[slots], noise("whole")
     if c.stage == "distill":
-        batch.rollout = draw_rollout(c, x.shape[1:], key, slots)
+        batch.rollout = draw_rollout(c, shape, keys[1], slots)
         if c.fake_rollout == "fresh":
-            batch.fake_rollout = draw_rollout(c, x.shape[1:], -1 - key, slots)
+            batch.fake_rollout = draw_rollout(c, shape, -1 - keys[1], slots)
         tau = torch.rand(c.batch_size, generator=generator("tau"))
         fake_t = flowmap.logit_normal_time(generator("fake"), c.batch_size, c.shift)
         batch.tau, batch.tau_noise = flowmap.shift_time(tau[slots], c.shift), noise("dmd")
@@ -172,16 +172,19 @@ def flow_matching_error(network, batch: Batch, c: Config) -> torch.Tensor:
 
 def flow_map_error(student, batch: Batch, c: Config) -> torch.Tensor:
     """Stage flowmap, and distill's co-training: the forward error (B,), before the balance."""
-    x = batch.x[:, :sum(batch.chunks)]
-
-    def clean_past(text):
-        given = Context(text, **batch.conditioning)
-        return teacher_forced(student, x, given, batch.chunks, c.full_chunks)
     with torch.no_grad():
-        null = clean_past(batch.null_text) if c.guidance != 1 else None
+        null = clean_past(student, batch, batch.null_text, c) if c.guidance != 1 else None
+    kept = clean_past(student, batch, kept_text(batch), c)
+    x = batch.x[:, batch.start:sum(batch.chunks)]
     return meanflow.meanflow_error(
-        student, x[:, batch.start:], batch.n, batch.t, batch.r, clean_past(kept_text(batch)), null,
-        batch.dropped, c.guidance, c.epsilon, c.derivative, all_ranks_differentiate=batch.some_gap)
+        student, x, batch.n, batch.t, batch.r, kept, null, batch.dropped, c.guidance, c.epsilon,
+        c.derivative, all_ranks_differentiate=batch.some_gap)
+
+
+def clean_past(student, batch: Batch, text, c: Config) -> Context:
+    """The prompt, and the data's clean chunks that each trained chunk sees."""
+    x, given = batch.x[:, :sum(batch.chunks)], Context(text, **batch.conditioning)
+    return teacher_forced(student, x, given, batch.chunks, c.full_chunks)
 
 
 def whole_clip_error(student, batch: Batch, c: Config) -> torch.Tensor:

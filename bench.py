@@ -179,15 +179,17 @@ def plan(case: Case) -> dict:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.gpus)
     world = distributed.World(0, case.gpus, torch.device("cpu"))
-    nets, parts = build(case, world, lambda: mode)
-    out, ledger = kept(nets, parts), Ledger(case.gpus)
-    with mode:
-        weights = [p for module in networks.modules_of(nets) for p in module.parameters()]
-        tensors = [*weights, *parts["student"].ema.values(), *states_of(parts)]
-        ledger.track_external(*(local(tensor) for tensor in tensors))
-        with ledger:
-            update(case, nets, parts, world)
-    torch.distributed.destroy_process_group()
+    try:
+        nets, parts = build(case, world, lambda: mode)
+        out, ledger = kept(nets, parts), Ledger(case.gpus)
+        with mode:
+            weights = [p for module in networks.modules_of(nets) for p in module.parameters()]
+            tensors = [*weights, *parts["student"].ema.values(), *states_of(parts)]
+            ledger.track_external(*(local(tensor) for tensor in tensors))
+            with ledger:
+                update(case, nets, parts, world)
+    finally:
+        torch.distributed.destroy_process_group()
     peak = sum(found["Total"] for found in ledger.get_tracker_snapshot("peak").values())
     return out | {"activations": peak - sum(out.values()), "peak": peak,
                   "gathered": ledger.gathered, "reduced": ledger.reduced}
@@ -247,8 +249,8 @@ def case_of(args, stage: str, checkpointing: bool, parser) -> Case:
     c = Config(**settings)
     try:
         chunks_of(c, shape[0])
-    except ValueError as error:
-        parser.error(f"--frames {args.frames}: {error}")
+    except ValueError:
+        parser.error(f"--frames {args.frames}: the recipe's chunks, {c.chunks}, are for 81 frames")
     return Case(c, config, shape, args.gpus, args.micro_steps)
 
 

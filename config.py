@@ -5,6 +5,7 @@ then the recipe of the preset; then the defaults here.
 """
 import json
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class Config:
     seed: int = flag(0, "seed of weights, data order, noise and times")
     base: str = flag("", "weights to start from, a finished stage or Wan2.1 (see wan.py): of "
                      "pretrain in place of fresh ones; of flowmap in place of stage pretrain, a "
-                     "teacher, or a flow map such as AnyFlow's to go on with (default none)")
+                     "teacher (of distill, too, where the run has none), or a flow map such as "
+                     "AnyFlow's to go on with (default none)")
     fresh: bool = flag(False, "delete what this stage has saved and start anew, not resume")
     # --- chunk by chunk
     causal: bool = flag(False, "flowmap, distill: a student that generates chunk by chunk, each "
@@ -195,10 +197,13 @@ def command(stage: str, causal: bool, run_dir) -> str:
 
 def default_text(field) -> str:
     toy = RECIPES["toy"]
-    if any(field.name in toy[stage] for stage in STAGES):
-        values = [f"{stage} {toy[stage].get(field.name, field.default)}" for stage in STAGES]
-        return "default " + ", ".join(values)
-    return f"default {field.default}"
+    causal = CAUSAL_RECIPES["toy"]
+    values = [f"{stage} {toy[stage].get(field.name, field.default)}" for stage in STAGES]
+    if not any(field.name in toy[stage] for stage in STAGES):
+        values = [str(field.default)]
+    values += [f"causal {stage} {causal[stage][field.name]}" for stage in causal
+               if field.name in causal[stage]]
+    return "default " + ", ".join(values)
 
 
 def parse_config(argv=None) -> Config:
@@ -210,8 +215,11 @@ def parse_config(argv=None) -> Config:
     given["run_dir"] = given.get("run_dir") or default_run(given)
     causal = given.get("causal", False)
     values = taken_over(Path(given["run_dir"]), stage, causal, given.get("fresh", False)) | given
+    if "lora_rank" in given and "lora_alpha" not in given:
+        values.pop("lora_alpha", None)               # it goes with the rank
     c = Config(**recipe(values.get("preset", Config.preset), stage, causal) | values)
     c.base = "" if c.base == "none" else c.base
+    c.base = os.path.abspath(c.base) if c.base and os.path.exists(c.base) else c.base
     check(c, given, parser)
     c.lora_alpha = c.lora_alpha or float(c.lora_rank)
     return c
@@ -259,6 +267,8 @@ def check(c: Config, given: dict, parser) -> None:
     for name in ("chunks", "full_chunks", "bidirectional_fraction"):
         if name in given and not c.causal:
             parser.error(f"{flag_name(name)} is for --causal: a bidirectional clip is one chunk")
+    if "bidirectional_fraction" in given and c.stage == "distill":
+        parser.error("--bidirectional-fraction is for stage flowmap")
     if c.causal and c.stage == "pretrain":
         parser.error("--causal is for stages flowmap and distill: they start from the teacher of "
                      "whole clips; leave it out of stage pretrain")

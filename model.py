@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cache import CachedChunk, Context, attention_spans
+from lora import BELOW
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Linear(nn.Linear):
 
     def forward(self, x, adapter: str = ""):
         y = nnf.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-        for name in ("below", adapter):
+        for name in (BELOW, adapter):
             if name in self.adapters:
                 y = y + self.adapters[name](x)
         return y
@@ -306,9 +307,8 @@ class PatchEmbed(nn.Module):
         self.adapters = nn.ModuleDict()
 
     def forward(self, z, adapter: str = ""):
-        for name in (adapter, "below"):
-            if name in self.adapters:
-                return self.adapters[name](z)
+        if adapter in self.adapters:
+            return self.adapters[adapter](z)
         P = self.patch
         z = z.unflatten(4, (-1, P)).unflatten(3, (-1, P))                    # (B, F, C, h, P, w, P)
         z = z.permute(0, 1, 3, 5, 2, 4, 6)                                   # (B, F, h, w, C, P, P)
@@ -441,8 +441,7 @@ class FlowMapDiT(nn.Module):
         c, dtype = self.config, self.stream_type()
         e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype), adapter)
         # An adapter that leaves the second embedder as it is is that of a network of one time.
-        one_time = adapter and adapter not in self.r_embed.up.adapters if c.second_time else True
-        if not one_time:
+        if c.second_time and (not adapter or adapter in self.r_embed.up.adapters):
             e_r = self.r_embed(time_features(r, c.freq_dim, c.time_scale).to(dtype), adapter)
             e = (1 - c.gate) * e + c.gate * e_r
         return e

@@ -16,7 +16,7 @@ import lora
 import runs
 import wan
 from checkpoint import Tensors
-from config import Config, command
+from config import Config
 from model import PRESETS, FlowMapDiT, ModelConfig
 
 
@@ -57,8 +57,7 @@ def lay_out(c: Config, config: ModelConfig, world, adapters=(), below=None) -> t
             without = () if name == "student" else lora.SCORE
             lora.add_adapter(network, name, c.lora_rank, c.lora_alpha, without)
         if below:
-            without = () if "far_patch_embed.weight" in below["tensors"] else lora.REPLACED
-            lora.add_adapter(network, lora.BELOW, below["rank"], below["alpha"], without)
+            lora.add_adapter(network, lora.BELOW, below["rank"], below["alpha"], lora.REPLACED)
             lora.Adapted(network, lora.BELOW).requires_grad_(False)
     for block in network.blocks:
         block.checkpointing = c.checkpointing
@@ -128,19 +127,22 @@ def find_weights(c: Config) -> Weights:
         raise ValueError(f"--base {student} is a flow map already, and a teacher knows one time "
                          f"only: go on with it by --stage flowmap --base {student}, or give "
                          "flow-matching weights")
-    config, state, below = wan.load_apart(student)
-    if below and not c.lora_rank:
-        (config, state), below = wan.load(student), None
-    config, state = wan.as_asked(config, state, flow_map, c.causal and c.full_chunks > 0)
-    if below and flow_map and "r_embed.up.down" not in below["tensors"]:
-        below["tensors"] = wan.as_flow_map(below["tensors"])
-    scores = ()
-    if c.stage == "distill" and not c.lora_rank:
-        teacher = origins["teacher"]
+    below, scores = None, ()
+    if c.lora_rank:
+        config, state, below = wan.load_apart(student)
+    else:
+        config, state = wan.load(student)
+    if below:
+        state, below["tensors"] = wan.moved_down(state, below["tensors"], flow_map)
+    if c.stage == "distill":
+        # With adapters the teacher is one of the base, or the base itself.
+        teacher = student if c.lora_rank else origins["teacher"]
         if wan.load(teacher)[0].second_time:
             raise ValueError(f"stage distill needs stage pretrain, a teacher: {teacher} is a flow "
-                             f"map. First run: {command('pretrain', False, c.run_dir)}")
-        scores = (wan.load(teacher, second_time=False, compressed=False)[1], teacher)
+                             f"map. First run: {runs.first_command(c, 'pretrain')}")
+        if not c.lora_rank:
+            scores = (wan.load(teacher, second_time=False, compressed=False)[1], teacher)
+    config, state = wan.as_asked(config, state, flow_map, c.causal and c.full_chunks > 0)
     return Weights(config, (state, student), scores, adapters, below)
 
 
@@ -153,6 +155,9 @@ def find_adapters(c: Config, origins: dict) -> tuple[str, dict]:
     if not Path(base).exists():
         raise ValueError(f"{place} adapts the weights {base}, which are not there: put them there "
                          "again, or run where they are")
+    if own and own.get("base_sha256", "") not in ("", runs.fingerprint(base)):
+        raise ValueError(f"{place} adapts other weights than {base} holds now: train it anew with "
+                         "--fresh")
     adapters = {"student": (None, place) if c.base else adapter_of(c, place, base)}
     if c.stage == "distill":
         teacher = adapter_of(c, origins["teacher"], base)

@@ -3,6 +3,7 @@
 A run is a folder with a folder for each stage, see checkpoint.py for what these hold.
 """
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
@@ -43,24 +44,34 @@ def finished(stage) -> bool:
     return (Path(stage) / "model.safetensors").exists()
 
 
-def check_start(c: Config, world) -> bool:
-    """Whether the stage starts anew. Raises ValueError when it cannot start or go on."""
+def first_command(c: Config, stage: str) -> str:
+    """The command that begins a stage of the run."""
+    flags = {"preset": c.preset, "data": c.data}
+    given = [f" --{name} {value}" for name, value in flags.items()
+             if value != getattr(Config, name)]
+    base = " --base WEIGHTS" if stage == "pretrain" and c.lora_rank else ""
+    return command(stage, c.causal, c.run_dir) + "".join(given) + base
+
+
+def check_start(c: Config, world) -> tuple[bool, dict]:
+    """(whether the stage starts anew, `built_on`). Raises ValueError when it cannot start or go
+    on."""
     stage = stage_folder(c)
     if c.base and not Path(c.base).exists():
-        raise ValueError(f"--base {c.base}: not there. First run: python train.py --stage pretrain "
-                         f"--data {c.data} (or start from fresh weights with --base none)")
+        raise ValueError(f"--base {c.base}: not there; give a finished stage, or a file or folder "
+                         "of weights (--base none: none)")
     for place in map(Path, origins(c).values()):
         if place.parent == Path(c.run_dir) and not finished(place):
             name = place.name.removeprefix("causal-")
             raise ValueError(f"stage {c.stage} needs stage {name}, which is not finished in "
-                             f"{c.run_dir}. First run: {command(name, c.causal, c.run_dir)}")
+                             f"{c.run_dir}. First run: {first_command(c, name)}")
     per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
     if c.batch_size % per_step:
         raise ValueError(f"--batch-size {c.batch_size} is not a multiple of {per_step}: "
                          f"{world.size} processes times {per_step // world.size} samples "
                          "(--micro-batch)")
     cli.check_folder(stage, "--run-dir")
-    begun = read_record(stage)
+    begun, sums = distributed.on_main(lambda: (read_record(stage), built_on(c)), world)
     # What a launch has begun afresh it goes on with, when it is started once more.
     fresh = distributed.on_main(
         lambda: c.fresh and not distributed.is_restart(begun.get("launch")), world)
@@ -68,11 +79,11 @@ def check_start(c: Config, world) -> bool:
         if change := change_between(begun["config"], dataclasses.asdict(c)):
             raise ValueError(f"{stage} was started with {change}: use --fresh to start it anew, or "
                              "another --run-dir")
-        for role, checksum in distributed.on_main(lambda: built_on(c), world).items():
+        for role, checksum in sums.items():
             if begun.get("built_on", {}).get(role, checksum) != checksum:
                 raise ValueError(f"{stage} was started on other weights than {origins(c)[role]} "
                                  "holds now: use --fresh to start this stage anew, too")
-    return fresh
+    return fresh, sums
 
 
 def read_record(stage: Path) -> dict:
@@ -90,13 +101,24 @@ def change_between(then: dict, now: dict) -> str:
 
 
 def built_on(c: Config) -> dict[str, str]:
-    """Checksums of the weights that a stage starts from, by role."""
-    found = {}
-    for role, place in origins(c).items():
-        stage = Path(place) / "model.safetensors"
-        files = [stage] if stage.exists() else wan.weight_files(Path(place))
-        found[role] = " ".join(data.checksum(file) for file in files)
-    return found
+    """What tells the weights that a stage starts from, by role."""
+    return {role: fingerprint(place) for role, place in origins(c).items()}
+
+
+def fingerprint(place) -> str:
+    """Of a finished stage its checksum. Of other weights, which may be tens of GB, the SHA-256 of
+    their sizes and of sixteen pieces of each file."""
+    if finished(place):
+        return data.checksum(Path(place) / "model.safetensors")
+    found = hashlib.sha256()
+    for file in wan.weight_files(Path(place)):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            for piece in range(16):
+                opened.seek(piece * size // 16)
+                found.update(opened.read(2**16))
+    return found.hexdigest()
 
 
 def open_source(c: Config, fresh: bool):
@@ -153,14 +175,14 @@ def prepare(c: Config, source, fresh: bool, world) -> None:
         source.codec = encoders.PatchPCA.from_state(load_file(stage / CODEC))
 
 
-def record(c: Config, source, first: int) -> None:
+def record(c: Config, source, first: int, sums: dict) -> None:
     """Write config.json, and take rows out of log.jsonl of updates that are made again."""
     stage = stage_folder(c)
     settings = {} if isinstance(source, data.Shards) else {"vocabulary": source.words.vocabulary}
     settings |= {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
                  "latent_shape": source.latent_shape,
                  "chunks": chunks_of(c, source.latent_shape[0]),
-                 "text_length": len(source.null_text), "built_on": built_on(c),
+                 "text_length": len(source.null_text), "built_on": sums,
                  "launch": distributed.launch()}
     data.write_text(stage / "config.json", json.dumps(settings, indent=1))
     log = stage / "log.jsonl"
@@ -171,9 +193,9 @@ def record(c: Config, source, first: int) -> None:
 
 def git_revision() -> str:
     """The commit that ran, with '+' when files differ; 'unknown' outside a git checkout."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
+    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True,
+        return subprocess.run(describe, capture_output=True, text=True, check=True,
                               cwd=Path(__file__).parent).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -72,7 +72,8 @@ def newest_stage(run: Path, causal: bool = False) -> Path:
     for name in (*students, "pretrain"):
         if (run / name / "model.safetensors").exists() and not (causal and name == "pretrain"):
             return run / name
-    form = "--causal --stage flowmap" if (run / "pretrain").exists() else "--stage pretrain"
+    teacher = (run / "pretrain" / "model.safetensors").exists()
+    form = "--causal --stage flowmap" if causal and teacher else "--stage pretrain"
     raise ValueError(f"no finished stage in {run}. First run: python train.py {form} "
                      f"--run-dir {run}")
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
             log.add("dmd_gradient", gradient.flatten(1).norm(dim=1))
             backward_chunks(chunks.pop(), z_0, gradient, batch, student, last and not c.cotrain,
                             c, world)
-            rolled_out.append((drawn, z_0))
+            rolled_out.append((replace(drawn, rollout=None), z_0))   # its noise is large
         if batch.whole_t is not None:
             err = updates.whole_clip_error(student, batch, c)
             log.add("err_whole", err)
@@ -74,8 +75,8 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
         for micro_step, (drawn, z_0) in enumerate(rolled_out):
             batch = drawn.to(world.device)
             if c.fake_rollout == "fresh":
-                chunks = updates.roll_out(student, batch, batch.fake_rollout, c)
-                z_0 = torch.cat(list(chunks), 1)
+                made = updates.roll_out(student, batch, batch.fake_rollout, c)
+                z_0 = torch.cat(list(made), 1)
             err = updates.fake_score_error(nets["fake"], batch, z_0, c)
             log.add("fake", err)
             backward(err, nets["fake"], micro_step + 1 == micro_steps, c, world)
@@ -145,7 +146,7 @@ def train(c: Config) -> Path:
 def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
     world = distributed.start(c.device, c.deterministic)
     stage, say = runs.stage_folder(c), tqdm.write if world.is_main else lambda text: None
-    fresh = runs.check_start(c, world)
+    fresh, sums = runs.check_start(c, world)
     source = runs.open_source(c, fresh)
     chunks_of(c, source.latent_shape[0])             # raises, before anything is loaded
     weights = networks.find_weights(c)
@@ -163,7 +164,7 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
             "go on, --fresh train it anew")
         return stage
     if world.is_main:
-        runs.record(c, source, first)
+        runs.record(c, source, first, sums)
         origins = ", ".join(f"{role} from {place}" for role, place in runs.origins(c).items())
         say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}" if first else
             f"stage {c.stage} in {stage}: {origins or 'fresh weights'}")
@@ -216,6 +217,7 @@ def save_stage(c: Config, stage: Path, ema: dict, weights: networks.Weights, wor
         inside = base.is_relative_to(Path(c.run_dir).absolute())
         adapter = {"rank": c.lora_rank, "alpha": c.lora_alpha,
                    "base": os.path.relpath(base, stage) if inside else str(base),
+                   "base_sha256": runs.fingerprint(base) if world.is_main else "",
                    "targets": [*lora.TARGETS, *lora.REPLACED]}
     checkpoint.save_model(stage, ema, weights.config, world.is_main, adapter)
     distributed.barrier(world)

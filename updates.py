@@ -225,8 +225,8 @@ def score_gradient(z_0, teacher, fake, batch: Batch, c: Config) -> torch.Tensor:
     """Stage distill: DMD's gradient at the clips z_0, scored whole, of their shape."""
     real = flowmap.guided(whole_clip(teacher, batch, batch.text),
                           whole_clip(teacher, batch, batch.null_text), c.real_guidance)
-    fake = whole_clip(fake, batch, batch.text)
-    return dmd.dmd_gradient(z_0, batch.tau_noise, batch.tau, real, fake)
+    u_fake = whole_clip(fake, batch, batch.text)
+    return dmd.dmd_gradient(z_0, batch.tau_noise, batch.tau, real, u_fake)
 
 
 def fake_score_error(fake, batch: Batch, z_0, c: Config) -> torch.Tensor:

@@ -337,6 +337,20 @@ def as_causal(state: Mapping) -> Tensors:
     return Tensors(makers)
 
 
+def moved_down(base: Mapping, adapter: Mapping, flow_map: bool) -> tuple[Tensors, Mapping]:
+    """(base, adapter) of an adapter stage that becomes a base: the compressed patch embedding,
+    which adapters replace as a whole, is the base's then; and, of a flow map, the adapter of the
+    second time embedder starts as that of the first."""
+    replaced = [name for name in adapter if name.startswith(lora.REPLACED)]
+    makers = {name: partial(base.__getitem__, name) for name in base}
+    makers |= {name: partial(adapter.__getitem__, name) for name in replaced}
+    rest = [name for name in adapter if name not in replaced]
+    adapter = Tensors({name: partial(adapter.__getitem__, name) for name in rest})
+    if flow_map and "r_embed.up.down" not in adapter:
+        adapter = as_flow_map(adapter)
+    return Tensors(makers), adapter
+
+
 def complete(adapter: Mapping, config: ModelConfig, base: Mapping) -> Mapping:
     """An adapter's tensors for a network of `config`: that of the second time embedder starts as a
     copy of the first's, the compressed patch embedding as that of the tensors `base`."""

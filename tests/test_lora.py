@@ -1,5 +1,7 @@
 """Adapters: they start as nothing, merge to rounding, and three on one base are three networks."""
+import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -242,7 +244,7 @@ def saved_stage(folder, config, rank: int = 0, base=None, scale: float = 0.2):
         lora.add_adapter(net, "it", rank, ALPHA)
         net, adapter = lora.Adapted(net, "it"), {"rank": rank, "alpha": ALPHA, "base": str(base)}
     tensors = random_state(net, folder.name, scale)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     checkpoint.save_model(folder, tensors, config, is_main=True, adapter=adapter)
     return folder, tensors
 
@@ -305,6 +307,33 @@ def test_training_on_an_adapter_stage_keeps_its_adapter_apart_from_bf16_weights(
         else:
             u = nets["student"](x, t, t, Context(text))
             torch.testing.assert_close(u, merged(x, t, t, Context(text)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_causal_adapter_stage_as_a_base(tmp_path):
+    """Its compressed patch embedding is kept, or left out; and it is no teacher."""
+    root, _ = saved_stage(tmp_path / "root", replace(CONFIG, second_time=False, compressed=False))
+    first, below = saved_stage(tmp_path / "first", CONFIG, 2, root)
+    world = distributed.World(0, 1, torch.device("cpu"))
+    for causal in (True, False):
+        c = Config(stage="flowmap", preset="tiny", base=str(first), lora_rank=3, lora_alpha=3.0,
+                   causal=causal, run_dir=str(tmp_path / "run"))
+        found = networks.find_weights(c)
+        nets = networks.build(c, found.config, world, found.below)
+        networks.fill(nets, found, c, world)
+        student = dict(nets["student"].named_parameters())
+        if causal:
+            name = "far_patch_embed.weight"
+            assert torch.equal(student[name], below[name])
+        assert ("far_patch_embed.weight" in student) == causal
+    (tmp_path / "run" / "flowmap").mkdir(parents=True)
+    shutil.copy(first / "model.safetensors", tmp_path / "run" / "flowmap")
+    record = {"config": {"base": str(root)}}
+    (tmp_path / "run" / "flowmap" / "config.json").write_text(json.dumps(record))
+    saved_stage(tmp_path / "root", replace(CONFIG, compressed=False))          # now a flow map
+    c = Config(stage="distill", preset="tiny", lora_rank=2, lora_alpha=ALPHA,
+               run_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="needs stage pretrain, a teacher: .*root is a flow map"):
+        networks.find_weights(c)
 
 
 def test_adapters_of_different_bases_do_not_mix(tmp_path, monkeypatch):

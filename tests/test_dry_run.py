@@ -324,12 +324,14 @@ def text_encoder(monkeypatch):
     """What Wan's text encoder is told: "to" (a move of its weights) and "forward"."""
     import transformers
     calls = []
-    for name in ("to", "forward"):
-        def counted(self, *args, name=name, method=getattr(transformers.UMT5EncoderModel, name),
-                    **options):
+
+    def count(name, method):
+        def counted(self, *args, **options):
             calls.append(name)
             return method(self, *args, **options)
         monkeypatch.setattr(transformers.UMT5EncoderModel, name, counted)
+    for name in ("to", "forward"):
+        count(name, getattr(transformers.UMT5EncoderModel, name))
     return calls
 
 
@@ -375,9 +377,10 @@ def test_causal_weights_of_others_are_sampled_chunk_by_chunk(base, tmp_path, mon
     text, stop = ours.words([CAPTIONS[0]]), 0
     for i, frames in enumerate(chunks):
         start, stop = stop, stop + frames
-        past, whole = clip[:, :start], teacher_forced(ours.network, clip[:, :stop], text,
-                                                      chunks[:i + 1], 0)
-        def u(z, t, r):
+        past = clip[:, :start]
+        whole = teacher_forced(ours.network, clip[:, :stop], text, chunks[:i + 1], 0)
+
+        def u(z, t, r, past=past, whole=whole):
             return ours.network(torch.cat([past, z], 1), t, r, whole)[:, past.shape[1]:]
         clip[:, start:stop] = flowmap.consistency_sample(u, clip[:, start:stop], grid, renoise)
     assert (mine - clip).abs().max() < 1e-4 * clip.std()

@@ -21,7 +21,7 @@ demo-causal: .venv/ready
 	$(BIN)/python train.py --causal --stage flowmap --run-dir $(LOOP)
 	$(BIN)/python train.py --causal --stage distill --run-dir $(LOOP)
 	$(BIN)/python sample.py --causal --run-dir $(LOOP) --prompts assets/prompts.txt --steps 4 --out $(LOOP)/clips/clip.mp4 --sheet $(LOOP)/clips/sheet.png
-	$(BIN)/python eval.py --run-dir $(LOOP) --models causal-flowmap,causal-distill --steps 1,4,32
+	$(BIN)/python eval.py --run-dir $(LOOP) --models causal-distill --steps 1,4,32 --count 240
 	@echo "clips: $(LOOP)/clips    figure: $(LOOP)/eval/curve.png    table: $(LOOP)/eval/table.md"
 
 test: .venv/ready

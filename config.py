@@ -5,7 +5,6 @@ then the recipe of the preset; then the defaults here.
 """
 import json
 import math
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -219,7 +218,6 @@ def parse_config(argv=None) -> Config:
         values.pop("lora_alpha", None)               # it goes with the rank
     c = Config(**recipe(values.get("preset", Config.preset), stage, causal) | values)
     c.base = "" if c.base == "none" else c.base
-    c.base = os.path.abspath(c.base) if c.base and os.path.exists(c.base) else c.base
     check(c, given, parser)
     c.lora_alpha = c.lora_alpha or float(c.lora_rank)
     return c

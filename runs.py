@@ -5,6 +5,7 @@ A run is a folder with a folder for each stage, see checkpoint.py for what these
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -76,7 +77,7 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
     fresh = distributed.on_main(
         lambda: c.fresh and not distributed.is_restart(begun.get("launch")), world)
     if begun and not fresh:
-        if change := change_between(begun["config"], dataclasses.asdict(c)):
+        if change := change_between(begun["config"], settings(c)):
             raise ValueError(f"{stage} was started with {change}: use --fresh to start it anew, or "
                              "another --run-dir")
         for role, checksum in sums.items():
@@ -84,6 +85,12 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
                 raise ValueError(f"{stage} was started on other weights than {origins(c)[role]} "
                                  "holds now: use --fresh to start this stage anew, too")
     return fresh, sums
+
+
+def settings(c: Config) -> dict:
+    """What is recorded of a config: a base by its absolute path, as a run goes on from anywhere."""
+    base = {"base": os.path.abspath(c.base)} if c.base else {}
+    return dataclasses.asdict(c) | base
 
 
 def read_record(stage: Path) -> dict:
@@ -178,13 +185,13 @@ def prepare(c: Config, source, fresh: bool, world) -> None:
 def record(c: Config, source, first: int, sums: dict) -> None:
     """Write config.json, and take rows out of log.jsonl of updates that are made again."""
     stage = stage_folder(c)
-    settings = {} if isinstance(source, data.Shards) else {"vocabulary": source.words.vocabulary}
-    settings |= {"config": dataclasses.asdict(c), "git": git_revision(), "torch": torch.__version__,
-                 "latent_shape": source.latent_shape,
-                 "chunks": chunks_of(c, source.latent_shape[0]),
-                 "text_length": len(source.null_text), "built_on": sums,
-                 "launch": distributed.launch()}
-    data.write_text(stage / "config.json", json.dumps(settings, indent=1))
+    found = {} if isinstance(source, data.Shards) else {"vocabulary": source.words.vocabulary}
+    found |= {"config": settings(c), "git": git_revision(), "torch": torch.__version__,
+              "latent_shape": source.latent_shape,
+              "chunks": chunks_of(c, source.latent_shape[0]),
+              "text_length": len(source.null_text), "built_on": sums,
+              "launch": distributed.launch()}
+    data.write_text(stage / "config.json", json.dumps(found, indent=1))
     log = stage / "log.jsonl"
     rows = log.read_text().splitlines(keepends=True) if log.exists() else []
     whole = [row for row in rows if row.endswith("}\n")]           # the last may be cut short

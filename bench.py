@@ -102,6 +102,7 @@ def constant_batch(case: Case) -> updates.Batch:
     if c.stage == "distill":
         renoise = [n[:, :frames] for frames in chunks for _ in range(3)]
         batch.rollout = updates.Rollout(flowmap.time_grid(4, c.shift), 1, n, renoise)
+        batch.fake_rollout = batch.rollout if c.fake_rollout == "fresh" else None
         batch.tau, batch.tau_noise, batch.fake_t, batch.fake_noise = t, n, t, n
     return batch
 

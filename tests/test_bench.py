@@ -1,7 +1,9 @@
-"""The plan of memory: closed forms where there are any, and the measured memory of a real update."""
+"""The plan of memory: closed forms where there are any, the calls and the measured memory of a real
+update."""
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +11,26 @@ import pytest
 import torch
 
 import bench
+import distributed
+import train
+import updates
+from config import STAGES, Config, parse_config
 from model import PRESETS, FlowMapDiT
-from train import STAGES, parse_config
+from test_updates import WORLD, Source
 
-TINY = bench.Case("pretrain", PRESETS["tiny"], (4, 48, 4, 4), gpus=2, lora_rank=0, checkpointing=False, bf16=False, tokens=8)
+PRETRAIN = Config(stage="pretrain", preset="tiny", full_chunks=2, budgets="4")
+SMALLEST = replace(PRESETS["tiny"], layers=1)         # a plan takes a second a block
+TINY = bench.Case(PRETRAIN, SMALLEST, (3, 48, 4, 4), gpus=2, tokens=8)
+ALONE = replace(TINY, gpus=1)
+
+
+class Clips(Source):
+    latent_shape = TINY.shape
+
+
+def case_of(case=TINY, **settings) -> bench.Case:
+    """The case with other settings of training."""
+    return replace(case, c=replace(case.c, lora_alpha=0.0, **settings))
 
 
 @pytest.fixture(autouse=True)
@@ -22,25 +40,29 @@ def no_group():
         torch.distributed.destroy_process_group()
 
 
-def parameters(processes=1, part=lambda net: net, **fields):
-    """How many weights the first of so many processes keeps: of each tensor the first rows, rounded up."""
+def parameters(processes=1, **fields):
+    """How many weights the first of so many processes keeps: of each tensor the first rows, rounded
+    up."""
     with torch.device("meta"):
-        net = part(FlowMapDiT(replace(TINY.config, **fields)))
+        net = FlowMapDiT(replace(TINY.config, **fields))
     return sum(-(-len(p) // processes) * p[0].numel() for p in net.parameters())
 
 
 def test_what_is_kept_is_counted_exactly():
-    """fp32, two processes: each keeps half of the weights, gradients, both moments and the EMA, and AdamW's step counts."""
-    one = bench.plan(TINY)
-    count, tensors = parameters(2, second_time=False), len(list(FlowMapDiT(replace(TINY.config, second_time=False)).parameters()))
+    """fp32, two processes: each keeps half of the weights, gradients, both moments and the EMA, and
+    AdamW's step counts."""
+    one, teacher = bench.plan(TINY), FlowMapDiT(replace(TINY.config, second_time=False))
+    count, tensors = parameters(2, second_time=False), len(list(teacher.parameters()))
     assert one["parameters"] == one["gradients"] == one["EMA"] == 4 * count
     assert one["optimiser"] == 2 * 4 * count + 4 * tensors
-    assert one["peak"] == sum(one[name] for name in ("parameters", "gradients", "optimiser", "EMA", "activations"))
+    parts = ("parameters", "gradients", "optimiser", "EMA", "activations")
+    assert one["peak"] == sum(one[name] for name in parts)
 
 
 def test_traffic_is_that_of_fsdp():
-    """Pretrain: every weight gathered in forward and again in backward, every gradient reduced; half of each comes from the
-    other process. A second micro-batch gathers again and reduces nothing."""
+    """Pretrain: every weight gathered in forward and again in backward, every gradient reduced;
+    half of each comes from the other process. A second micro-batch gathers again and reduces
+    nothing."""
     one, two = bench.plan(TINY), bench.plan(replace(TINY, micro_steps=2))
     count = parameters(2, second_time=False)
     assert one["gathered"] == 2 * 4 * count and two["gathered"] == 2 * one["gathered"]
@@ -48,40 +70,141 @@ def test_traffic_is_that_of_fsdp():
 
 
 def test_three_adapters_need_one_base():
-    """bf16, one process: distill keeps the base once, at two bytes a weight, and three adapters at four."""
-    case = replace(TINY, stage="distill", gpus=1, lora_rank=2, bf16=True)
-    kept, full = bench.plan(case), bench.plan(replace(case, lora_rank=0))
-    adapter = kept["EMA"]
-    assert kept["parameters"] == 2 * parameters(second_time=True) + 3 * adapter and kept["gradients"] == 2 * adapter
-    assert full["parameters"] == 4 * (parameters(second_time=True) + 2 * parameters(second_time=False))
+    """bf16, one process: distill keeps the base once, at two bytes a weight, and three adapters at
+    four, of which teacher and fake score leave the second time embedder as it is."""
+    case, world = case_of(ALONE, stage="distill", lora_rank=2, bf16=True), distributed.start("cpu")
+    kept, full = (bench.kept(*bench.build(some, world, nullcontext))
+                  for some in (case, case_of(case, lora_rank=0)))
+    student, c = kept["EMA"], TINY.config
+    score = student - 4 * (2 * (c.freq_dim + c.dim) + 2 * 2 * c.dim)
+    assert kept["parameters"] == 2 * parameters(second_time=True) + student + 2 * score
+    assert kept["gradients"] == student + score
+    assert full["parameters"] == 4 * (parameters() + 2 * parameters(second_time=False))
 
 
-@pytest.mark.parametrize("chunks", [(), (2, 1, 1)])
-def test_checkpointing_saves_activations(chunks):
-    case = replace(TINY, stage="flowmap", config=replace(TINY.config, layers=4), shape=(4, 48, 16, 16), chunks=chunks, full_chunks=2)
-    assert bench.plan(replace(case, checkpointing=True))["activations"] < 0.6 * bench.plan(case)["activations"]
+@pytest.mark.parametrize("settings", [
+    {"stage": "pretrain"},
+    {"stage": "flowmap", "causal": True, "chunks": "1,1,1", "guidance": 1.0}])
+def test_checkpointing_saves_activations(settings):
+    case = replace(case_of(ALONE, **settings), config=replace(SMALLEST, layers=2),
+                   shape=(3, 48, 16, 16))
+    saving = bench.plan(case_of(case, checkpointing=True))
+    assert saving["activations"] < 0.6 * bench.plan(case)["activations"]
 
 
 def test_predicted_is_measured():
     """The short form of `python bench.py check`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "BENCH_CASE": "0"}
-    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "bench.py", "check"],
-                         cwd=Path(bench.__file__).parent, env=environment, capture_output=True, text=True, check=True).stdout
-    assert int(out.split("measured")[1].split()[0]) == pytest.approx(bench.plan(bench.checked_cases()[0])["peak"], rel=0.15)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "BENCH_CASE": "0"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.run([*torchrun, "bench.py", "check"], cwd=Path(bench.__file__).parent,
+                         env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    predicted = bench.plan(bench.checked_cases()[0])["peak"]
+    assert int(run.stdout.split("measured")[1].split()[0]) == pytest.approx(predicted, rel=0.15)
+
+
+# --- what is planned is what is trained
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every call of a network: what it is asked, with which adapter, whether with gradient, the
+    shape of z, and how many chunks it knows."""
+    found = []
+    forward, encode = FlowMapDiT.forward, FlowMapDiT.encode
+
+    def note(call, z, context):
+        found.append((call, context.adapter, torch.is_grad_enabled(), tuple(z.shape),
+                      len(context.cache)))
+
+    def noted_forward(net, z, t, r, context):
+        note("forward", z, context)
+        return forward(net, z, t, r, context)
+
+    def noted_encode(net, z, context, compressed=False):
+        note("compressed" if compressed else "encode", z, context)
+        return encode(net, z, context, compressed)
+    monkeypatch.setattr(FlowMapDiT, "forward", noted_forward)
+    monkeypatch.setattr(FlowMapDiT, "encode", noted_encode)
+    return found
+
+
+def drawn(case: bench.Case) -> updates.Batch:
+    """A batch of training of the largest kind: all chunks, a row with r < t, three jumps."""
+    for step in range(1000):
+        batch = updates.draw_batch(case.c, Clips(), WORLD, step, 0)
+        rollouts = [found for found in (batch.rollout, batch.fake_rollout) if found]
+        three_jumps = all(0 < rollout.step < 3 for rollout in rollouts)
+        gap = batch.some_gap or case.c.stage == "pretrain"
+        if sum(batch.chunks) == 3 and gap and three_jumps:
+            return batch
+
+
+def trained(case: bench.Case, batch: updates.Batch) -> None:
+    """A real update on one process."""
+    nets, parts = bench.build(case, WORLD, nullcontext)
+    log = distributed.Sums(train.LOGGED[case.c.stage])
+    train.update(case.c, nets, parts, iter([batch]), 0, WORLD, log)
+
+
+@pytest.mark.parametrize("stage, causal, rank", [
+    ("pretrain", False, 0), ("flowmap", False, 0), ("flowmap", True, 2), ("distill", False, 0),
+    ("distill", True, 2)])
+def test_the_planned_update_makes_the_calls_of_the_trained_one(calls, stage, causal, rank):
+    settings = {"stage": stage, "causal": causal, "lora_rank": rank, "checkpointing": causal,
+                "bidirectional_fraction": float(causal)}
+    case, found = case_of(ALONE, **settings), []
+    for make in (lambda: trained(case, bench.constant_batch(case)),
+                 lambda: trained(case, drawn(case)), lambda: bench.plan(case)):
+        calls.clear()
+        make()
+        found.append(list(calls))
+    on_constant, on_drawn, planned = found
+    assert planned and planned == on_constant == on_drawn
+
+
+@pytest.mark.parametrize("rollout, fake_rollout", [("consistency", "shared"),
+                                                   ("flow-map", "fresh")])
+def test_also_with_other_rollouts(calls, rollout, fake_rollout):
+    case = case_of(ALONE, stage="distill", rollout=rollout, fake_rollout=fake_rollout)
+    trained(case, drawn(case))
+    on_drawn = list(calls)
+    calls.clear()
+    bench.plan(case)
+    assert calls and calls == on_drawn
+
+
+def test_a_plan_of_other_calls_is_noticed(calls, monkeypatch):
+    """As when the batch that is planned had no row with r < t."""
+    case, true = case_of(ALONE, stage="flowmap"), bench.constant_batch
+    trained(case, true(case))
+    on_constant = list(calls)
+    monkeypatch.setattr(bench, "constant_batch", lambda case: replace(
+        true(case), r=true(case).t, some_gap=False))
+    calls.clear()
+    bench.plan(case)
+    assert calls != on_constant
 
 
 @pytest.mark.parametrize("preset", ["wan-1.3b", "wan-5b", "wan-14b"])
 def test_recipes_take_as_many_clips_at_once_as_the_plan(preset):
     for stage in STAGES:
-        c = parse_config(["--preset", preset, "--stage", stage, *(["--base", "weights"] if stage == "pretrain" else [])])
-        assert (c.micro_batch, c.lora_rank, c.checkpointing, c.bf16) == (1, bench.Case.lora_rank, True, True)
+        base = ["--base", "weights"] if stage == "pretrain" else []
+        c = parse_config(["--preset", preset, "--stage", stage, *base])
+        args, parser = bench.parse_args(["plan", "--preset", preset])
+        planned = bench.case_of(args, stage, c.checkpointing, parser).c
+        assert c.micro_batch == planned.micro_batch == 1
+        for name in ("lora_rank", "lora_alpha", "checkpointing", "bf16"):
+            assert getattr(c, name) == getattr(planned, name), name
 
 
 def test_command_line(capsys):
-    bench.main(["plan", "--preset", "tiny", "--gpus", "2", "--stage", "flowmap", "--causal", "--micro-steps", "1"])
+    bench.main("plan --preset tiny --gpus 1 --stage flowmap --causal --micro-steps 1 "
+               "--checkpointing".split())
     assert "| flowmap | causal | all weights | yes |" in capsys.readouterr().out
-    for flags, message in ((["--preset", "wan-14b", "--frames", "80"], "4 n + 1"), (["--gpus", "0"], "at least 1"),
-                           (["--preset", "wan-14b", "--causal", "--frames", "41"], "add up to 21 latent frames, but")):
+    wan = "--preset wan-14b --frames"
+    for flags, message in ((f"{wan} 80", "4 n + 1"), ("--gpus 0", "at least 1"),
+                           (f"{wan} 41 --causal", "add up to 21, but clips have 11"),
+                           ("--causal --stage pretrain", "the teacher sees whole clips")):
         with pytest.raises(SystemExit):
-            bench.main(["plan", *flags])
+            bench.main(["plan", *flags.split()])
         assert message in capsys.readouterr().err

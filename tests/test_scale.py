@@ -1,146 +1,206 @@
-"""What a cluster does to a run: other process counts, nodes, killed processes, bf16."""
-import json
-import os
+"""What a cluster does to a run: several processes, nodes, killed ones, signals, full disks, bf16.
+
+Starting Python takes longer than a tiny training: all but one of these tests share two launches,
+`nodes` with four processes and `two`.
+"""
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import checkpoint
 import kill
-import train
+import sample
+from stages import FOLDERS, flags_of, launch, linked, rows, trained
 
-ROOT = Path(__file__).parent.parent
-# With the second, a restart finds no addresses of the processes before it (README).
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-LORA = ("--lora-rank", "4", "--lr", "1e-2", "--log-every", "1")
-
-
-def run_stage(run, stage, *flags):
-    return train.train(train.parse_config(["--preset", "tiny", "--stage", stage, "--run-dir", str(run), *flags]))
+LOG = ("--log-every", "1")
+LORA = ("--lora-rank", "4", "--lr", "1e-2", "--steps", "6", *LOG)
+PROMPT = "a red circle moving left"
 
 
-def torchrun(processes: int, run, stage: str, *flags, launch=("--standalone",)) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc_per_node={processes}", "train.py",
-                             "--preset", "tiny", "--stage", stage, "--run-dir", str(run), *flags], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
-
-
-def finish(process: subprocess.Popen) -> str:
-    out = process.communicate(timeout=180)[0]
+def finish(process) -> str:
+    """What it wrote. It must end well."""
+    out = process.communicate(timeout=240)[0]
     assert process.returncode == 0, out
     return out
 
 
-def link(source: Path, target: Path, *stages):
-    target.mkdir()
-    for stage in stages:
-        (target / stage).symlink_to(source / stage)
-    return target
-
-
-def losses(stage: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("seconds", "lr")} for row in rows]
+def assert_same_losses(a: Path, b: Path, **tolerances) -> None:
+    """Of two stages, or of the first updates of the longer one."""
+    a, b = rows(a), rows(b)
+    assert min(len(a), len(b)) >= 6
+    for mine, expected in zip(a, b):
+        assert mine == pytest.approx(expected, **tolerances)
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory):
-    """A teacher, and pretrain and flowmap as adapters of it."""
-    folder = tmp_path_factory.mktemp("scale")
-    base = run_stage(folder / "base", "pretrain")
-    run_stage(folder / "run", "pretrain", "--base", str(base), *LORA)
-    run_stage(folder / "run", "flowmap", *LORA)
-    return folder / "run"
+def adapted(finished, tmp_path_factory):
+    """The three stages as adapters of one teacher."""
+    run = tmp_path_factory.mktemp("scale") / "adapted"
+    trained(run, "pretrain", "--base", str(finished / "pretrain"), *LORA)
+    trained(run, "flowmap", *LORA)
+    trained(run, "distill", *LORA)
+    return run
 
 
-def test_saved_on_four_processes_resumed_on_two_and_one(adapted, tmp_path):
-    """Distill with three adapters on one base: the same losses on 4 processes as on 1, and after a change of processes."""
-    before = ("pretrain", "flowmap")
-    whole = link(adapted, tmp_path / "whole", *before)
-    run_stage(whole, "distill", *LORA, "--steps", "10")
-    four = link(adapted, tmp_path / "four", *before)
-    finish(torchrun(4, four, "distill", *LORA, "--steps", "5"))
-    assert len(list((four / "distill" / "checkpoints" / "00000005").glob("*.safetensors"))) == 4
-    rest = {}
-    for processes in (4, 2, 1):
-        run = link(adapted, tmp_path / f"then-{processes}", *before)
-        subprocess.run(["cp", "-r", four / "distill", run], check=True)
-        if processes == 1:
-            run_stage(run, "distill", *LORA, "--steps", "10")
-        else:
-            finish(torchrun(processes, run, "distill", *LORA, "--steps", "10"))
-        rest[processes] = losses(run / "distill")
-        assert [row["step"] for row in rest[processes]] == list(range(1, 11))
-        for row, expected in zip(rest[processes], losses(whole / "distill"), strict=True):
-            assert row == pytest.approx(expected, rel=1e-5)
-    for processes in (2, 1):
-        for row, expected in zip(rest[processes], rest[4], strict=True):
-            assert row == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-def test_two_nodes_with_a_copy_of_the_weights_each(tmp_path):
-    """--shard node, on two torchruns of two processes: the losses of one process."""
-    run_stage(tmp_path / "one", "pretrain", "--log-every", "1", "--steps", "10")
+@pytest.fixture(scope="module")
+def nodes(adapted, tmp_path_factory):
+    """Two torchruns of two processes: weights with a copy a node, then adapters over all four."""
+    folder = tmp_path_factory.mktemp("nodes")
+    four = linked(adapted, folder / "four", "distill")
+    copies = flags_of(folder / "copies", "pretrain", "--shard", "node", "--steps", "6", *LOG)
+    jobs = [["train", copies, []],
+            ["train", flags_of(four, "distill", "--save-every", "3", *LORA), []]]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    nodes = [torchrun(2, tmp_path / "nodes", "pretrain", "--log-every", "1", "--steps", "10", "--shard", "node",
-                      launch=["--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"])
-             for rank in range(2)]
-    for node in nodes:
+    flags = ["--nnodes=2", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    both = [launch(folder / f"{rank}.json", jobs, f"--node_rank={rank}", *flags)
+            for rank in range(2)]
+    for node in both:
         finish(node)
-    for a, b in zip(losses(tmp_path / "nodes" / "pretrain"), losses(tmp_path / "one" / "pretrain"), strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
-    # Two copies of each shard, of which one is saved.
-    state = [load_file(file) for file in checkpoint.checkpoints(tmp_path / "nodes" / "pretrain")[-1].glob("*.safetensors")]
-    saved = sum(part["student.weights.head.weight"].numel() for part in state if "student.weights.head.weight" in part)
-    assert saved == load_file(tmp_path / "one" / "pretrain" / "model.safetensors")["head.weight"].numel()
+    return folder
 
 
-def test_a_process_that_dies_ends_the_others_and_torchrun_goes_on(tmp_path):
-    """SIGKILL to one of two: torchrun starts both again, from the last checkpoint, and the bits are those of a whole run."""
-    flags = ("--steps", "80", "--save-every", "10")
-    finish(torchrun(2, tmp_path / "whole", "pretrain", *flags))
-    process = torchrun(2, tmp_path / "run", "pretrain", *flags, launch=("--standalone", "--max-restarts=1"))
-    while process.poll() is None and kill.updates_saved(tmp_path / "run" / "pretrain") < 20:
-        time.sleep(0.01)
-    workers = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    os.kill(workers[-1], signal.SIGKILL)
-    started = time.time()
-    out = finish(process)
-    assert "resumed from update" in out and time.time() - started < 60
-    mine, whole = (kill.state(tmp_path / name / "pretrain") for name in ("run", "whole"))
-    assert mine.keys() == whole.keys() and all(torch.equal(mine[name], whole[name]) for name in whole)
+def half_done(four: Path, run: Path) -> Path:
+    """A copy of what four processes trained, as it was after the third update of six."""
+    stage = run / "distill"
+    shutil.copytree(four / "distill", stage)
+    shutil.rmtree(stage / "checkpoints" / "00000006")
+    (stage / "model.safetensors").unlink()
+    return run
 
 
-def test_killed_at_any_instant_it_ends_with_the_same_bits(tmp_path):
-    """The short form of `python tests/kill.py`: twice in distill. Whole or killed, a run is a process of its own with one
-    thread: sums over another number of threads are rounded otherwise."""
+@pytest.fixture(scope="module")
+def two(finished, adapted, nodes, tmp_path_factory):
+    """(folder, what was printed) of one torchrun of two processes, which starts them once more
+    after a death."""
+    folder = tmp_path_factory.mktemp("two")
+    killed = flags_of(folder / "killed", "pretrain", "--save-every", "2", "--steps", "6", *LOG)
+    jobs = [["train", killed, [[3, "die"], [4, "SIGUSR1 to the workers"]]],
+            ["train", killed, []]]
+    for stage in FOLDERS:
+        run = linked(finished, folder / stage, stage)
+        jobs.append(["train", flags_of(run, stage, "--steps", "6", *LOG), []])
+    clips = ["--ckpt", str(folder / "distill" / "distill"), "--prompt", PROMPT, "--per-prompt", "3",
+             "--steps", "1", "--out", str(folder / "clip.png")]
+    jobs.append(["sample", clips, []])
+    resumed = half_done(nodes / "four", linked(adapted, folder / "resumed", "distill"))
+    jobs.append(["train", flags_of(resumed, "distill", *LORA), []])
+    odd = flags_of(folder / "odd", "pretrain", "--batch-size", "9")
+    jobs.append(["train", odd, []])
+    full = flags_of(folder / "full", "pretrain", "--save-every", "1")
+    jobs.append(["train", full, [[1, "full disk"]]])
+    ended = flags_of(folder / "ended", "pretrain")
+    jobs.append(["train", ended, [[1, "SIGTERM to torchrun"]]])
+    process = launch(folder / "jobs.json", jobs, "--standalone", "--nproc_per_node=2",
+                     "--max-restarts=1")
+    return folder, process.communicate(timeout=300)[0]
+
+
+def test_two_nodes_with_a_copy_of_the_weights_each(nodes, finished):
+    """--shard node: the losses of one process. Of the two copies of each shard one is saved."""
+    copies, one = nodes / "copies" / "pretrain", finished / "pretrain"
+    assert_same_losses(copies, one, rel=1e-5)
+    name, files = "student.weights.head.weight", checkpoint.checkpoints(copies)[-1]
+    state = [load_file(file) for file in files.glob("*.safetensors")]
+    saved = sum(part[name].numel() for part in state if name in part)
+    assert saved == load_file(one / "model.safetensors")["head.weight"].numel()
+
+
+def test_saved_on_four_processes_resumed_on_two_and_one(adapted, nodes, two, tmp_path):
+    """Distill with three adapters on one base: the losses of one process on four, and after a
+    change from four to two or one."""
+    four = nodes / "four" / "distill"
+    assert len(list((four / "checkpoints" / "00000003").glob("*.safetensors"))) == 4
+    run = half_done(nodes / "four", linked(adapted, tmp_path / "run", "distill"))
+    for stage in (trained(run, "distill", *LORA), two[0] / "resumed" / "distill"):
+        assert [row["step"] for row in rows(stage)] == [1, 2, 3, 4, 5, 6]
+        assert_same_losses(stage, four, rel=1e-6, abs=1e-6)
+        assert_same_losses(stage, adapted / "distill", rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", FOLDERS)
+def test_two_processes_equal_one(two, finished, stage):
+    """FSDP2 over gloo: the same losses for the same global batch."""
+    assert_same_losses(two[0] / stage / stage, finished / stage, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["distill", "causal-distill"])
+def test_weights_of_two_processes_are_those_of_one(two, finished, stage):
+    mine, one = (load_file(path / "model.safetensors")
+                 for path in (two[0] / stage / stage, finished / stage))
+    assert mine.keys() == one.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-4)
+
+
+def test_each_process_makes_its_part_of_the_clips(two):
+    folder, out = two
+    pipeline = sample.load_pipeline(folder / "distill" / "distill")
+    clips = sample.generate(pipeline, [PROMPT] * 3, [0, 1, 2], [1.0, 0.0])
+    for i, clip in enumerate(clips):
+        file = folder / f"clip-{i:03d}.png"
+        assert out.count(f"{file}: {PROMPT} (seed {i}") == 1
+        picture = sample.to_pixels(sample.contact_sheet(clip[None]), 64).astype(int)
+        assert abs(iio.imread(file) - picture).max() <= 1
+
+
+def test_a_process_that_dies_ends_the_others_and_torchrun_goes_on(two):
+    """SIGKILL to one of two: both are started again, from the last checkpoint; then SIGUSR1 to the
+    workers, which end well; and the bits are those of a whole run."""
+    folder, out = two
+    killed = folder / "killed"
+    assert f"resumed from update 2 of 6 in {killed}" in out
+    assert "stopped by a signal after update 5 of 6" in out
+    assert f"python train.py --stage pretrain --run-dir {killed}" in out
+    assert f"resumed from update 5 of 6 in {killed}" in out
+    kill.assert_same_bits(killed / "pretrain", folder / "pretrain" / "pretrain")
+
+
+def checkpoints(run: Path) -> list[str]:
+    return [path.name for path in checkpoint.checkpoints(run / "pretrain")]
+
+
+def test_sigterm_to_torchrun_saves(two):
+    folder, out = two
+    assert "stopped by a signal after update 2 of 20" in out
+    assert checkpoints(folder / "ended") == ["00000002"]
+
+
+def test_a_full_disk_of_one_process_ends_both(two):
+    """Nobody waits for a rank that could not write its shards."""
+    folder, out = two
+    for rank in range(2):
+        assert f"rank {rank}: cannot write {folder / 'full'}" in out
+    assert "No space left on device" in out
+    assert checkpoints(folder / "full") == ["00000001"]
+
+
+def test_a_batch_that_the_processes_do_not_divide(two):
+    folder, out = two
+    for rank in range(2):
+        assert f"rank {rank}: --batch-size 9 is not a multiple of 8: 2 processes times 4" in out
+    assert not (folder / "odd").exists()
+
+
+def test_killed_at_any_instant_it_ends_with_the_same_bits(finished, tmp_path):
+    """The short form of `python tests/kill.py`: twice in distill."""
+    whole = linked(finished, tmp_path / "whole", "distill")
+    trained(whole, "distill", *kill.flags("distill"))
     kill.check(tmp_path, ["distill"], kills=2, processes=1, seed=0)
 
 
 def test_bf16_keeps_fp32_masters_of_what_trains(adapted, tmp_path):
-    run = link(adapted, tmp_path / "run", "pretrain", "flowmap")
-    stage = run_stage(run, "distill", *LORA, "--bf16", "--steps", "3")
+    run = linked(adapted, tmp_path / "run", "distill")
+    stage = trained(run, "distill", "--bf16", *LORA, "--steps", "3")
     state = load_file(next(checkpoint.checkpoints(stage)[-1].glob("*.safetensors")))
-    assert {tensor.dtype for tensor in state.values()} == {torch.float32} and all(t.isfinite().all() for t in state.values())
-    plain = link(adapted, tmp_path / "plain", "pretrain", "flowmap")
-    run_stage(plain, "distill", *LORA, "--steps", "3")
-    for a, b in zip(losses(stage), losses(plain / "distill"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.02) and a["fake"] == pytest.approx(b["fake"], rel=0.02)
-
-
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_give_the_same_losses(tmp_path):
-    flags = ("--steps", "2", "--log-every", "1")
-    compiled, plain = (run_stage(tmp_path / name, "pretrain", *flags, *more) for name, more in (("compiled", ["--compile"]), ("plain", [])))
-    for a, b in zip(losses(compiled), losses(plain), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    for a, b in zip(rows(stage), rows(adapted / "distill")):
+        for name in ("loss", "fake"):
+            assert a[name] == pytest.approx(b[name], rel=0.02)

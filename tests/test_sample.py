@@ -1,0 +1,166 @@
+"""sample.py and eval.py on a finished run: whole clips, and chunk by chunk."""
+import json
+
+import imageio.v3 as iio
+import pytest
+import torch
+
+import distributed
+import eval as evaluation
+import sample
+
+PROMPTS = ["a red circle moving left", "a blue square moving up"]
+GRID = [1.0, 0.6, 0.0]
+
+
+@pytest.fixture(scope="module")
+def bidirectional(finished):
+    return sample.load_pipeline(finished / "distill")
+
+
+@pytest.fixture(scope="module")
+def causal(finished):
+    return sample.load_pipeline(finished / "causal-distill")
+
+
+def clip_of(pipeline, **options) -> torch.Tensor:
+    """Latents of one clip."""
+    return torch.cat(list(sample.latents(pipeline, PROMPTS[:1], [3], GRID, **options)), 1)
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_a_seed_decides_its_clip_whatever_else_is_in_the_batch(bidirectional, sampler):
+    both = sample.generate(bidirectional, PROMPTS, [3, 4], GRID, sampler)
+    alone, other = (sample.generate(bidirectional, PROMPTS[1:], [seed], GRID, sampler)
+                    for seed in (4, 5))
+    torch.testing.assert_close(alone, both[1:], rtol=1e-4, atol=1e-5)
+    assert (other - both[1:]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.png"])
+def test_clips_are_written(finished, tmp_path, name):
+    sheet = tmp_path / "sheet.png"
+    sample.main(["--run-dir", str(finished), "--prompt", PROMPTS[0], "--prompt", PROMPTS[1],
+                 "--out", str(tmp_path / "deep" / name), "--sheet", str(sheet), "--steps", "3"])
+    # Clips of 16 x 16 are magnified 8 times; a row of 8 frames with gaps of 2, 18 x 144, 3 times.
+    expected = (54, 432, 3) if name == "clip.png" else (8, 128, 128, 3)
+    for i in range(2):
+        file = tmp_path / "deep" / name.replace("clip", f"clip-{i:03d}")
+        assert iio.imread(file).shape == expected
+    assert iio.imread(sheet).shape == (108, 432, 3)
+
+
+def test_a_stream_is_the_clip_piece_by_piece(causal):
+    pieces = list(sample.stream(causal, PROMPTS, [3, 4], GRID))
+    assert [piece.shape for piece in pieces] == [(2, 2, 3, 16, 16)] * 4
+    assert torch.equal(torch.cat(pieces, 1), sample.generate(causal, PROMPTS, [3, 4], GRID))
+    # With guidance two contexts go along.
+    guided = list(sample.stream(causal, PROMPTS, [3, 4], GRID, guidance=3.0))
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(guided, pieces))
+
+
+def test_a_teacher_is_guided(finished):
+    teacher = sample.load_pipeline(finished / "pretrain")
+    plain, guided = (sample.generate(teacher, PROMPTS, [3, 4], GRID, guidance=scale)
+                     for scale in (1.0, 2.0))
+    assert plain.shape == (2, 8, 3, 16, 16) and not torch.equal(plain, guided)
+
+
+def test_a_new_prompt_changes_the_clip_from_its_chunk_on(causal):
+    plain, other = (clip_of(causal, prompt_at=prompts) for prompts in ({}, {2: PROMPTS[1]}))
+    assert torch.equal(plain[:, :2], other[:, :2])
+    assert ((plain - other)[:, 2:].abs().amax((2, 3, 4)) > 1e-4).all()
+
+
+def test_given_latents_are_kept_and_change_what_follows(causal):
+    video = torch.rand(1, 4, 3, 16, 16, generator=distributed.generator("given")) * 2 - 1
+    given = causal.codec.encode(video)
+    clip, plain = clip_of(causal, given=given), clip_of(causal)
+    assert torch.equal(clip[:, :2], given)
+    assert (clip - plain)[:, 2:].abs().max() > 1e-3
+    with pytest.raises(ValueError, match="4 given latent frames: must be whole chunks"):
+        clip_of(causal, given=given.repeat(1, 2, 1, 1, 1))
+
+
+def test_causal_command_lines(finished, tmp_path, capsys):
+    def run(*flags):
+        sample.main(["--run-dir", str(finished), "--causal", "--prompt", PROMPTS[0], "--steps", "2",
+                     *flags])
+        return capsys.readouterr().out
+    start, clip, longer = (tmp_path / name for name in ("start.png", "clip.mp4", "long.mp4"))
+    picture = torch.rand(20, 32, 3, generator=distributed.generator("png")) * 255
+    iio.imwrite(start, picture.byte().numpy())
+    run("--image", str(start), "--out", str(clip))
+    assert iio.imread(clip).shape == (8, 128, 128, 3)
+    out = run("--video", str(clip), "--out", str(longer), "--frames", "12", "--window", "2")
+    assert iio.imread(longer).shape[0] == 12 and "frames are used" not in out
+    # 12 frames are given, and 10 of them leave one chunk.
+    out = run("--video", str(longer), "--frames", "11", "--out", str(clip))
+    assert "10 of its 12 frames are used, 5 whole chunks" in out
+    assert iio.imread(clip).shape[0] == 12
+    for name in ("stream.mp4", "stream.gif"):
+        out = run("--stream", "--frames", "16", "--out", str(tmp_path / name),
+                  "--prompt-at", "2", PROMPTS[1])
+        assert "16 frames; first chunk after" in out
+        assert iio.imread(tmp_path / name).shape == (16, 128, 128, 3)
+
+
+# --- eval.py
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    g = distributed.generator("frechet")
+    frechet = evaluation.Frechet(torch.randn(200, 6, generator=g), components=6)
+
+    def gaussian(mean, variances):
+        return torch.tensor(mean).double(), torch.diag(torch.tensor(variances)).double()
+    a, b = gaussian([0.0, 0.0, 0.0], [1.0, 4.0, 9.0]), gaussian([1.0, 2.0, 0.0], [4.0, 4.0, 1.0])
+    assert frechet.distance(a, b) == pytest.approx(5 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2)
+    assert frechet.distance(a, a) == pytest.approx(0, abs=1e-9)
+    clips = torch.randn(300, 6, generator=g)
+    shifted = clips.clone()
+    shifted[:, 0] += 2                               # all components are kept, and so are lengths
+    statistics = [frechet.statistics(some) for some in (clips, shifted)]
+    assert frechet.distance(*statistics) == pytest.approx(4, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def evaluation_set():
+    """The set of both tests below is the same, and takes longer than they do."""
+    made, make = {}, evaluation.EvaluationSet
+
+    def shared(dataset, count, lengths):
+        key = (count, tuple(lengths))
+        if key not in made:
+            made[key] = make(dataset, count, lengths)
+        made[key].teacher = None
+        return made[key]
+    return shared
+
+
+def evaluate(run, out, *flags):
+    """What eval.py finds."""
+    evaluation.main(["--run-dir", str(run), "--count", "48", "--out", str(out), *flags])
+    return json.loads((out / "results.json").read_text())
+
+
+def test_eval_writes_table_figure_and_sheets(finished, tmp_path, evaluation_set, monkeypatch,
+                                             capsys):
+    monkeypatch.setattr(evaluation, "EvaluationSet", evaluation_set)
+    results = evaluate(finished, tmp_path, "--steps", "1,2")
+    models = ("pretrain", "flowmap", "distill", "causal-flowmap", "causal-distill",
+              "flowmap:consistency")
+    expected = [(model, steps) for model in models for steps in (1, 2)]
+    assert [(row["model"], row["steps"]) for row in results["rows"]] == expected
+    assert results["real_accuracy"]["all"] >= 0.99 and results["floor"] > 0
+    for name in ("table.md", "distill.png", "distill.gif", "flowmap-consistency.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "| distill | 2 |" in capsys.readouterr().out
+
+
+def test_eval_measures_drift_along_long_causal_clips(finished, tmp_path, evaluation_set,
+                                                     monkeypatch):
+    monkeypatch.setattr(evaluation, "EvaluationSet", evaluation_set)
+    flags = ("--models", "causal-distill", "--steps", "2", "--length", "2")
+    rows = evaluate(finished, tmp_path, *flags)["rows"]
+    assert [row["model"] for row in rows] == ["causal-distill #1", "causal-distill #2"]
+    assert len(rows[0]["fd_chunks"]) == 4 and rows[0]["fd"] != rows[1]["fd"]

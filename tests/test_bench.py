@@ -72,8 +72,9 @@ def test_traffic_is_that_of_fsdp():
 def test_three_adapters_need_one_base():
     """bf16, one process: distill keeps the base once, at two bytes a weight, and three adapters at
     four, of which teacher and fake score leave the second time embedder as it is."""
-    case = case_of(ALONE, stage="distill", lora_rank=2, bf16=True)
-    kept, full = bench.plan(case), bench.plan(case_of(case, lora_rank=0))
+    case, world = case_of(ALONE, stage="distill", lora_rank=2, bf16=True), distributed.start("cpu")
+    kept, full = (bench.kept(*bench.build(some, world, nullcontext))
+                  for some in (case, case_of(case, lora_rank=0)))
     student, c = kept["EMA"], TINY.config
     score = student - 4 * (2 * (c.freq_dim + c.dim) + 2 * 2 * c.dim)
     assert kept["parameters"] == 2 * parameters(second_time=True) + student + 2 * score

@@ -203,7 +203,7 @@ def test_command_line(capsys):
     assert "| flowmap | causal | all weights | yes |" in capsys.readouterr().out
     wan = "--preset wan-14b --frames"
     for flags, message in ((f"{wan} 80", "4 n + 1"), ("--gpus 0", "at least 1"),
-                           (f"{wan} 41 --causal", "add up to 21, but clips have 11"),
+                           (f"{wan} 41 --causal", "are for 81 frames"),
                            ("--causal --stage pretrain", "the teacher sees whole clips")):
         with pytest.raises(SystemExit):
             bench.main(["plan", *flags.split()])

@@ -358,7 +358,7 @@ def test_the_cache_is_that_of_generation():
     c = settings("distill", causal=True)
     batch, student = updates.draw_batch(c, Source(), WORLD, 1, 0), random_networks(c)["student"]
     made = torch.cat(list(updates.roll_out(student, batch, batch.rollout, c)), 1)
-    context = updates.Context(batch.text)
+    context = updates.Context(batch.text, **batch.conditioning)
     with torch.no_grad():
         for i in range(4):
             u = flowmap.conditioned(student, context)

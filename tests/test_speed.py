@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
@@ -43,7 +45,7 @@ def case_of(stage, causal, rank, **more) -> bench.Case:
     return bench.Case(c, CONFIG, (4, 48, 4, 4), gpus=1)
 
 
-def update(case: bench.Case, monkeypatch, mode) -> None:
+def update(case: bench.Case, monkeypatch, mode=nullcontext()) -> None:
     """A real update of four clips, `mode` watching all but the optimiser's step."""
     c = replace(case.c, micro_batch=4, batch_size=4, text_drop=0.5)
     nets, parts = bench.build(case, WORLD, nullcontext)
@@ -103,3 +105,25 @@ def test_compiled_rotations_are_those_of_complex_numbers():
     angles = torch.view_as_complex(rope.double())
     expected = torch.view_as_real(turned * angles).flatten(-2).float()
     torch.testing.assert_close(model.rotate(x, rope), expected, rtol=1e-6, atol=1e-6)
+
+
+def graphs(case: bench.Case, layers: int, monkeypatch) -> int:
+    """How many graphs the blocks of a network become in an update."""
+    torch._dynamo.reset()
+    counters.clear()
+    update(replace(case, config=replace(CONFIG, layers=layers)), monkeypatch)
+    assert not counters["graph_break"]
+    assert counters["frames"]["ok"] == counters["stats"]["unique_graphs"]
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("causal, rank", [(False, 0), (True, 2)])
+def test_a_block_is_one_graph_and_blocks_share_it(causal, rank, monkeypatch):
+    """Traced as for a GPU, computed without compiling. There is a graph for each kind of call, not
+    for each block; what the first one gets may come without a gradient, hence two against three."""
+    compile_block = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_block(
+        self, backend="eager", **options))
+    case = case_of("flowmap", causal, rank, compile=True, checkpointing=causal)
+    two = graphs(case, 2, monkeypatch)
+    assert 0 < two == graphs(case, 3, monkeypatch)

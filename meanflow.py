@@ -41,16 +41,16 @@ DERIVATIVES = {"finite-difference": finite_difference, "jvp": exact_derivative}
 
 def meanflow_error(network, x, n, t, r, context, null_context, dropped,
                    guidance: float = 3.0, epsilon: float = 0.005,
-                   derivative: str = "finite-difference", all_ranks_differentiate: bool = False):
+                   derivative: str = "finite-difference", flow_rows: int = 0):
     """err (B,) of the forward loss, with gradient through u_c only.
 
     context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose
     prompt is the empty one; their u_c and u_0 are one output, trained towards the plain velocity.
     guidance: w, the classifier-free guidance scale (1 = none, which also saves the u_0 pass).
-    all_ranks_differentiate: make the calls of the derivative even if no row here needs them. Under
-    FSDP all ranks must make the same calls: True when any rank of the micro-batch has a row r < t.
+    flow_rows: how many rows, the first ones, need no derivative: there r = t, which multiplies it by
+    zero. A number, since asking the tensors would make the host wait for a GPU.
     """
-    z_t, v, gap = interpolate(x, n, t), n - x, r < t
+    z_t, v = interpolate(x, n, t), n - x
     w = torch.where(dropped, 1.0, guidance).to(t)                           # (B,)
     F = network(z_t, t, r, context)
     if guidance != 1:
@@ -58,17 +58,14 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
             u_0 = network(z_t, t, r, null_context)
         F = (F - expand(1 - w, F) * u_0) / expand(w, F)
 
-    # Rows with r = t would multiply the derivative by zero: they are left out of its batch.
     target = v
-    if all_ranks_differentiate or gap.any():
-        rows, levels = gap.nonzero().squeeze(1), r
-        if not len(rows):               # any row: its t - r is 0; level 0 leaves room below t
-            rows = torch.zeros(1, dtype=torch.long, device=t.device)
-            levels = torch.zeros_like(r)
-        # A long past is large to copy: with all rows the context stays as it is.
-        u = conditioned(network, context if len(rows) == len(t) else context[rows])
+    if flow_rows < len(t):
+        rows = slice(flow_rows, None)
+        u = conditioned(network, context[rows])
+        levels = torch.where(r < t, r, 0.0)      # at r = t any will do that leaves room below t
         dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], levels[rows], v[rows], epsilon)
-        target = v.index_add(0, rows, -expand((t - r)[rows] / w[rows], dF_dt) * dF_dt)
+        change = expand((t - r)[rows] / w[rows], dF_dt) * dF_dt
+        target = torch.cat([v[:flow_rows], v[rows] - change])
     return (F - target).square().flatten(1).mean(1)
 
 

@@ -180,9 +180,8 @@ def flow_map_error(student, batch: Batch, c: Config) -> torch.Tensor:
     # Under FSDP all ranks make the same calls: where another one has a row with r < t and this one
     # has none, it differentiates its last row, which changes nothing.
     flow_rows = min(batch.roles[0], len(x) - batch.some_gap)
-    return meanflow.meanflow_error(
-        student, x, batch.n, batch.t, batch.r, kept, null, batch.dropped, c.guidance, c.epsilon,
-        c.derivative, flow_rows)
+    return meanflow.meanflow_error(student, x, batch.n, batch.t, batch.r, kept, null,
+                                   batch.dropped, c.forward_loss, flow_rows)
 
 
 def clean_past(student, batch: Batch, text, c: Config) -> Context:
@@ -197,7 +196,7 @@ def whole_clip_error(student, batch: Batch, c: Config) -> torch.Tensor:
     kept = Context(kept_text(batch), **batch.conditioning)
     null = Context(batch.null_text, **batch.conditioning)
     return meanflow.meanflow_error(student, batch.x, batch.whole_noise, batch.whole_t,
-                                   batch.whole_t, kept, null, batch.dropped, c.guidance,
+                                   batch.whole_t, kept, null, batch.dropped, c.forward_loss,
                                    flow_rows=len(batch.x))
 
 

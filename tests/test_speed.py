@@ -45,7 +45,7 @@ def case_of(stage, causal, rank, **more) -> bench.Case:
     return bench.Case(c, CONFIG, (4, 48, 4, 4), gpus=1)
 
 
-def update(case: bench.Case, monkeypatch, mode=nullcontext()) -> None:
+def update(case: bench.Case, monkeypatch, mode) -> None:
     """A real update of four clips, `mode` watching all but the optimiser's step."""
     c = replace(case.c, micro_batch=4, batch_size=4, text_drop=0.5)
     nets, parts = bench.build(case, WORLD, nullcontext)
@@ -111,7 +111,8 @@ def graphs(case: bench.Case, layers: int, monkeypatch) -> int:
     """How many graphs the blocks of a network become in an update."""
     torch._dynamo.reset()
     counters.clear()
-    update(replace(case, config=replace(CONFIG, layers=layers)), monkeypatch)
+    update(replace(case, config=replace(CONFIG, layers=layers)), monkeypatch,
+           nullcontext())
     assert not counters["graph_break"]
     assert counters["frames"]["ok"] == counters["stats"]["unique_graphs"]
     return counters["stats"]["unique_graphs"]

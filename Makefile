@@ -17,7 +17,7 @@ demo: .venv/ready
 
 demo-causal: .venv/ready
 	$(BIN)/python train.py --stage pretrain --run-dir $(RUN)
-	$(BIN)/python train.py --stage pretrain --run-dir $(LOOP) --data loop --frames 16 --base $(RUN)/pretrain --steps 1000 --lr 1e-3
+	$(BIN)/python train.py --stage pretrain --run-dir $(LOOP) --data loop --frames 16 --guidance 1.5 --base $(RUN)/pretrain --steps 1000 --lr 1e-3
 	$(BIN)/python train.py --causal --stage flowmap --run-dir $(LOOP)
 	$(BIN)/python train.py --causal --stage distill --run-dir $(LOOP)
 	$(BIN)/python sample.py --causal --run-dir $(LOOP) --prompts assets/prompts.txt --steps 4 --out $(LOOP)/clips/clip.mp4 --sheet $(LOOP)/clips/sheet.png

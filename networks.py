@@ -155,7 +155,7 @@ def find_adapters(c: Config, origins: dict) -> tuple[str, dict]:
     if not Path(base).exists():
         raise ValueError(f"{place} adapts the weights {base}, which are not there: put them there "
                          "again, or run where they are")
-    if own and own.get("base_sha256", "") not in ("", runs.fingerprint(base)):
+    if own and own.get("base_sha256", "") not in ("", wan.fingerprint(base)):
         raise ValueError(f"{place} adapts other weights than {base} holds now: train it anew with "
                          "--fresh")
     adapters = {"student": (None, place) if c.base else adapter_of(c, place, base)}

@@ -105,9 +105,10 @@ def cut(file: Path):
 
 
 def listing(folder: Path) -> dict:
-    """Time and contents of every file and folder."""
+    """Time and contents of every file and folder, but for a stage's lock, which names who was last
+    to open it."""
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"")
-            for p in folder.rglob("*")}
+            for p in folder.rglob("*") if p.name != "lock"}
 
 
 # (script, arguments, what the line must hold: the offender, the remedy)
@@ -119,7 +120,7 @@ CASES = [
     ("train", ["--steps", "0"], "--steps 0", "at least 1"),
     ("train", ["--stage", "distil"], "'distil'", "did you mean distill"),
     ("train", ["--preset", "wan-13b"], "'wan-13b'", "did you mean wan-1"),
-    ("train", ["--steps", "many"], "--steps", "invalid int"),
+    ("train", ["--steps", "many"], "--steps 'many'", "expected a whole number"),
     ("train", ["--lr", "-1"], "--lr -1.0", "above 0"),
     ("train", ["--guidance", "0"], "--guidance 0.0", "above 0"),
     ("train", ["--ema-decay", "2"], "--ema-decay 2.0", "lie in [0, 1]"),
@@ -161,7 +162,7 @@ CASES = [
     ("train", [*TINY, "--base", "code.pt"], "code.pt", "convert it to safetensors"),
     ("train", [*IN, "run", "--seed", "1"], "seed = 0, not 1", "--fresh"),
     ("train", [*IN, "truncated", "--stage", "flowmap"], "truncated/pretrain/model.safetensors",
-     "--fresh"),
+     "from the checkpoint beside it"),
     ("train", [*IN, "other"], "the training state of another network", "--fresh"),
     ("train", [*IN, "damaged"], "every checkpoint in damaged", "--fresh"),
     ("train", [*IN, "note.txt/run"], "--run-dir note.txt/run", "give another one"),
@@ -169,7 +170,7 @@ CASES = [
     ("sample", RUN, "no prompt", "--prompt"),
     ("sample", [*RUN, "--prompts", "gone.txt"], "gone.txt", "no such file"),
     ("sample", [*RUN, "--prompts", "none.txt"], "none.txt", "holds no prompt"),
-    ("sample", [*RUN, "--prompts", "prompts.json"], "prompts.json", "a list of prompts"),
+    ("sample", [*RUN, "--prompts", "prompts.json"], "prompts.json", "expected a list"),
     ("sample", [*RUN, "--prompts", "list.json"], "list.json", "prompt_en"),
     ("sample", [*RUN, "--prompt", "a red cirkle"], "'cirkle'", "nearest known: 'circle'"),
     ("sample", [*RUN, *PROMPT, "--steps", "0"], "--steps 0", "at least 1"),

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -257,9 +258,17 @@ def record(c: Config, source, first: int, sums: dict) -> None:
               "launch": distributed.launch()}
     data.write_text(stage / "config.json", json.dumps(found, indent=1))
     log = stage / "log.jsonl"
-    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-    whole = [row for row in rows if row.endswith("}\n")]           # the last may be cut short
-    data.write_text(log, "".join(row for row in whole if json.loads(row)["step"] <= first))
+    text = log.read_text(errors="replace") if log.exists() else ""
+    rows = text.splitlines(keepends=True)
+    data.write_text(log, "".join(row for row in rows if step_of(row) <= first))
+
+
+def step_of(row: str) -> float:
+    """The update of a row of log.jsonl; infinite for one that is cut short or damaged."""
+    try:
+        return float(json.loads(row)["step"]) if row.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def git_revision() -> str:

@@ -250,12 +250,15 @@ def record_of(stage, *needed: str) -> dict:
     settings = record.get("config", {})
     settings = settings if isinstance(settings, dict) else {}
     kinds = {"config": dict, "built_on": dict, "chunks": list, "latent_shape": list,
-             "text_length": int, "vocabulary": list}
-    wrong = [name for name in needed if name not in {**record, **settings}]
+             "text_length": int, "vocabulary": list, "set": dict}
+    wrong = [name for name in needed if name not in (record if name in kinds else settings)]
     wrong += [name for name, kind in kinds.items()
               if not isinstance(record.get(name, kind()), kind)]
     wrong += [name for name in ("chunks", "latent_shape") if name not in wrong
               and not all(type(n) is int and n > 0 for n in record.get(name, []))]
+    if "vocabulary" not in wrong and not all(isinstance(word, str)
+                                             for word in record.get("vocabulary", [])):
+        wrong.append("vocabulary")
     for field in fields(Config):
         value, kind = settings.get(field.name, field.default), type(field.default)
         fits = type(value) is kind or kind is float and type(value) is int
@@ -268,8 +271,8 @@ def record_of(stage, *needed: str) -> dict:
 
 
 AT_LEAST_1 = ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips")
-AT_LEAST_0 = ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup", "cotrain",
-              "weight_decay")
+AT_LEAST_0 = ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup", "ema_start",
+              "cotrain", "weight_decay")
 ABOVE_0 = ("lr", "shift", "guidance", "real_guidance", "epsilon", "clip", "fake_lr")
 FRACTIONS = ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction",
              "consistency_fraction", "bidirectional_fraction")

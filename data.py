@@ -9,6 +9,7 @@ Videos are float32 (B, T, 3, H, W) in [-1, 1]. Every clip is a pure function of 
 import hashlib
 import json
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from toys import SETS, draw, nearest_word
 
 SUFFIXES = (".mp4", ".gif", ".mov", ".webm")
 AGAIN = "run the command that made the shards again"
-DECODER_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, IndexError)
+DECODER_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, IndexError, struct.error)
 
 
 def open_data(name: str, frames: int = 8, size: int = 16):
@@ -180,8 +181,8 @@ class Shards:
             self.manifest = cli.read_json(self.path / "manifest.json")
             self.latent_shape = tuple(self.manifest["latent_shape"])
             self.text_shape = tuple(self.manifest["text_shape"])
-            sizes = {shard["name"]: shard["bytes"] for shard in self.manifest["shards"]}
-            self.places = [(shard["name"], row) for shard in self.manifest["shards"]
+            sizes = {str(shard["name"]): shard["bytes"] for shard in self.manifest["shards"]}
+            self.places = [(str(shard["name"]), row) for shard in self.manifest["shards"]
                            for row in range(shard["clips"])]
             if not all(type(n) is int and n > 0 for n in self.latent_shape + self.text_shape):
                 raise ValueError("latent_shape and text_shape")
@@ -393,7 +394,7 @@ def check(args) -> None:
     shards = Shards(args.shards)
     for shard in tqdm(shards.manifest["shards"], desc="check"):
         file = args.shards / shard["name"]
-        if checksum(file) != shard["sha256"]:
+        if checksum(file) != shard.get("sha256"):
             raise ValueError(f"{file}: is not what was written (checksum); delete it and run the "
                              f"command that made the shards again")
     print(f"{args.shards}: {len(shards)} clips, latents {shards.latent_shape}, prompts "

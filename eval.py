@@ -238,9 +238,9 @@ def main(argv=None) -> None:
 
 def common_config(stages: list[Path]) -> dict:
     """The settings of stages that can be measured on one set. Raises ValueError for others."""
-    first = record_of(stages[0], "config", "data", "frames", "size")["config"]
+    first = record_of(stages[0], "data", "frames", "size")["config"]
     for stage in stages[1:]:
-        config = record_of(stage, "config", "data", "frames", "size")["config"]
+        config = record_of(stage, "data", "frames", "size")["config"]
         for name in ("data", "frames", "size"):
             if config[name] != first[name]:
                 raise ValueError(f"--models: {stages[0]} was trained with --{name} {first[name]}, "

@@ -256,11 +256,11 @@ def record(c: Config, source, first: int, sums: dict) -> None:
               "chunks": chunks_of(c, source.latent_shape[0]),
               "text_length": len(source.null_text), "built_on": sums,
               "launch": distributed.launch()}
-    data.write_text(stage / "config.json", json.dumps(found, indent=1))
     log = stage / "log.jsonl"
     text = log.read_text(errors="replace") if log.exists() else ""
-    rows = text.splitlines(keepends=True)
-    data.write_text(log, "".join(row for row in rows if step_of(row) <= first))
+    data.write_text(stage / "config.json", json.dumps(found, indent=1))
+    kept = [row for row in text.splitlines(keepends=True) if step_of(row) <= first]
+    data.write_text(log, "".join(kept))
 
 
 def step_of(row: str) -> float:

@@ -13,6 +13,7 @@ under an entry such as `generator_ema`.
 import hashlib
 import json
 import shutil
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -89,6 +90,11 @@ def their_name(name: str, layout: str) -> str:
     raise AssertionError(f"no row for {name}")
 
 
+# What torch.load and safetensors raise for bytes that are no weights.
+UNREADABLE = (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, LookupError,
+              ValueError, TypeError, struct.error)
+
+
 def open_tensors(path: Path) -> tuple[Tensors, dict]:
     """The tensors of a file or folder under the names they have there, and their shapes. Raises
     ValueError for what cannot be read."""
@@ -99,9 +105,9 @@ def open_tensors(path: Path) -> tuple[Tensors, dict]:
                 open_safetensors(file, readers, shapes)
             else:
                 open_pickle(file, readers, shapes)
-        except (SafetensorError, RuntimeError, OSError, EOFError, AttributeError) as error:
-            raise ValueError(f"{file}: truncated, or not a file of weights "
-                             f"({str(error).splitlines()[0]})") from None
+        except UNREADABLE as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{file}: truncated, or not a file of weights ({reason})") from None
         except Exception as error:           # the unpickler's own, which torch has by name only
             if type(error).__name__ != "UnpicklingError":
                 raise

@@ -18,6 +18,7 @@ import checkpoint
 import cli
 import config
 import data
+import kill
 import meanflow
 import runs
 import sample
@@ -60,6 +61,7 @@ def flip(file: Path, place: int = -1000) -> None:
     """One bit of a file, which keeps its size."""
     content = bytearray(file.read_bytes())
     content[place] ^= 1
+    file.unlink()                                    # it may be mapped still
     file.write_bytes(content)
 
 
@@ -119,6 +121,12 @@ def test_latents_that_are_no_numbers_name_their_clip(finished, monkeypatch, tmp_
     code, line = ended(sample, argv, capsys)
     assert code == 2 and "'a red circle moving left', seed 7" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sample", "export"])
+def test_killed_at_any_instant_no_half_file_has_a_final_name(finished, tmp_path, name):
+    """The short form of `python tests/kill.py --output sample,stream,export`."""
+    kill.check_output(tmp_path, finished, name, kills=1, seed=0)
 
 
 # --- a run's folder

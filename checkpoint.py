@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import cli
 from data import checksum
 from distributed import World, merge_over_ranks, on_main, sum_over_ranks
 from model import ModelConfig
@@ -274,25 +275,24 @@ def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool,
     weights that it adapts. Every rank must call it. Tensors are gathered, and written, one at a
     time: no rank ever holds the whole network.
     """
-    aside = stage / "model.safetensors.partial"
     metadata = {"model_config": json.dumps(asdict(config))}
     if adapter:
         metadata["adapter"] = json.dumps(adapter)
-    tensors = {name: (tensor.shape, tensor.dtype, partial(whole, tensor))
-               for name, tensor in weights.items()}
-    write_tensors(aside, tensors, metadata, is_main)
-    if is_main:
-        sync([aside])
-        aside.rename(stage / "model.safetensors")
+    makers = {name: (x.shape, x.dtype, partial(whole, x)) for name, x in weights.items()}
+    if not is_main:
+        for tensor in weights.values():
+            whole(tensor)
+        return
+    with cli.written_aside(stage / "model.safetensors") as aside:
+        write_tensors(aside, makers, metadata)
 
 
 OWN_SUM, NO_SUM = "own_sha256", b"0" * 64
 
 
-def write_tensors(path: Path, tensors: dict, metadata: dict, is_main: bool = True) -> None:
-    """A safetensors file written one tensor at a time: each is (shape, dtype, what makes it). All
-    ranks make, rank 0 writes. The header holds the SHA-256 of the file as it is with NO_SUM in its
-    place."""
+def write_tensors(path: Path, tensors: dict, metadata: dict) -> None:
+    """A safetensors file written one tensor at a time: each is (shape, dtype, what makes it). The
+    header holds the SHA-256 of the file as it is with NO_SUM in its place."""
     header, end = {"__metadata__": {OWN_SUM: NO_SUM.decode(), **metadata}}, 0
     for name, (shape, dtype, _) in tensors.items():
         start, end = end, end + shape.numel() * dtype.itemsize
@@ -302,17 +302,14 @@ def write_tensors(path: Path, tensors: dict, metadata: dict, is_main: bool = Tru
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
     found = hashlib.sha256(text)
-    with open(path, "wb") if is_main else open(os.devnull, "wb") as file:
+    with open(path, "wb") as file:
         file.write(text)
         for _, _, make in tensors.values():
-            value = make()
-            if is_main:
-                piece = value.contiguous().view(-1).view(torch.uint8).numpy().data
-                file.write(piece)
-                found.update(piece)
-        if is_main:
-            file.seek(text.index(NO_SUM))
-            file.write(found.hexdigest().encode())
+            piece = make().contiguous().view(-1).view(torch.uint8).numpy().data
+            file.write(piece)
+            found.update(piece)
+        file.seek(text.index(NO_SUM))
+        file.write(found.hexdigest().encode())
 
 
 def as_they_are(tensors: dict) -> dict:

@@ -219,9 +219,9 @@ def prepared(c: Config, source, fresh: bool, world):
                 elif entry.name != LOCK:
                     entry.unlink()
         if world.is_main and own_codec and not (stage / CODEC).exists():
-            aside, state = stage / f"{CODEC}.partial", source.codec.state()
-            checkpoint.write_tensors(aside, checkpoint.as_they_are(state), {})
-            aside.rename(stage / CODEC)
+            with cli.written_aside(stage / CODEC) as aside:
+                state = checkpoint.as_they_are(source.codec.state())
+                checkpoint.write_tensors(aside, state, {})
         distributed.barrier(world)
         if own_codec:
             source.codec = read_codec(stage / CODEC)

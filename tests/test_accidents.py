@@ -222,7 +222,7 @@ def test_a_clip_of_latents_that_are_no_numbers_is_named(tmp_path):
         try:
             good += len(shards.draw([i])[0])
         except ValueError as error:
-            assert "part-0-of-1-00001.safetensors: latents of clip 6 holds" in str(error)
+            assert "part-0-of-1-00001.safetensors: latents of clip " in str(error)
     assert good == 99
 
 

@@ -209,7 +209,7 @@ CASES = [
      "say --size 32"),
     ("train", ["--run-dir", "new", "--base", "run/pretrain"], "--preset tiny, but --preset is toy",
      "say --preset tiny"),
-    ("train", [*IN, "wide", "--stage", "distill"], "wide/pretrain has 24", "of one size"),
+    ("train", [*IN, "wide", "--stage", "distill"], "dim = 32, its teacher wide/pretrain has 48", "of one size"),
     ("train", [*IN, "unreadable", "--stage", "flowmap"], "unreadable/pretrain/config.json",
      "UTF-8"),
     ("train", [*IN, "newer", "--stage", "flowmap"], "newer/pretrain/model.safetensors",

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import cli
 from data import checksum
 from distributed import World, merge_over_ranks, on_main, sum_over_ranks
 from model import ModelConfig
@@ -131,8 +132,12 @@ def write_aside(folder: Path, write) -> None:
     """Make `folder` in one instant: write(temporary folder), flush to disk, rename. A kill leaves
     old or new, never half."""
     aside = aside_of(folder)
-    write(aside)
-    sync(aside.rglob("*"))
+    try:
+        write(aside)
+        sync(aside.rglob("*"))
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
@@ -254,6 +259,14 @@ def load_checkpoint(stage: Path, parts: dict[str, Trainable], world: World, say=
     return json.loads((found[-1] / "state.json").read_text())
 
 
+def has_model(stage: Path) -> bool:
+    """Whether a stage's final weights are there, and whole."""
+    try:
+        return bool(load_model(stage))
+    except (ValueError, FileNotFoundError):
+        return False
+
+
 def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool,
                adapter: dict | None = None) -> None:
     """model.safetensors: the finished stage's weights, with the network's config in its header.
@@ -262,34 +275,84 @@ def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool,
     weights that it adapts. Every rank must call it. Tensors are gathered, and written, one at a
     time: no rank ever holds the whole network.
     """
-    aside = stage / "model.safetensors.partial"
     metadata = {"model_config": json.dumps(asdict(config))}
     if adapter:
         metadata["adapter"] = json.dumps(adapter)
-    tensors = {name: (tensor.shape, tensor.dtype, partial(whole, tensor))
-               for name, tensor in weights.items()}
-    write_tensors(aside, tensors, metadata, is_main)
-    if is_main:
-        sync([aside])
-        aside.rename(stage / "model.safetensors")
+    makers = {name: (x.shape, x.dtype, partial(whole, x)) for name, x in weights.items()}
+    if not is_main:
+        for tensor in weights.values():
+            whole(tensor)
+        return
+    with cli.written_aside(stage / "model.safetensors") as aside:
+        write_tensors(aside, makers, metadata)
 
 
-def write_tensors(path: Path, tensors: dict, metadata: dict, is_main: bool = True) -> None:
-    """A safetensors file written one tensor at a time: each is (shape, dtype, what makes it). All
-    ranks make, rank 0 writes."""
-    header, end = {"__metadata__": metadata}, 0
+OWN_SUM, NO_SUM = "own_sha256", b"0" * 64
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict) -> None:
+    """A safetensors file written one tensor at a time: each is (shape, dtype, what makes it). The
+    header holds the SHA-256 of the file as it is with NO_SUM in its place."""
+    header, end = {"__metadata__": {OWN_SUM: NO_SUM.decode(), **metadata}}, 0
     for name, (shape, dtype, _) in tensors.items():
         start, end = end, end + shape.numel() * dtype.itemsize
         header[name] = {"dtype": dtype_name(dtype), "shape": list(shape),
                         "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") if is_main else open(os.devnull, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    text = len(text).to_bytes(8, "little") + text
+    found = hashlib.sha256(text)
+    with open(path, "wb") as file:
+        file.write(text)
         for _, _, make in tensors.values():
-            value = make()
-            if is_main:
-                file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+            piece = make().contiguous().view(-1).view(torch.uint8).numpy().data
+            file.write(piece)
+            found.update(piece)
+        file.seek(text.index(NO_SUM))
+        file.write(found.hexdigest().encode())
+
+
+def as_they_are(tensors: dict) -> dict:
+    """Tensors in memory, for write_tensors."""
+    return {name: (x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()}
+
+
+def recorded_sum(path: Path) -> str:
+    """The checksum that write_tensors left in a file, or, of another program's file, its own."""
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get(OWN_SUM) or checksum(path)
+
+
+def open_checked(path: Path):
+    """A safetensors file, opened. Raises ValueError for one that is not what write_tensors wrote;
+    of another program's, for what is no whole file."""
+    try:
+        file, stat = safe_open(path, "pt"), os.stat(path)
+        written = (file.metadata() or {}).get(OWN_SUM)
+        if written and written != sum_without(path, written, stat.st_size, stat.st_mtime_ns):
+            raise ValueError("it is not what was written: the checksum differs")
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    return file
+
+
+@cache
+def sum_without(path: Path, written: str, size: int, time: int) -> str:
+    """The checksum of a file with NO_SUM in place of `written`; once for a file, while its size and
+    time stay the same."""
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        found = hashlib.sha256(length + header.replace(written.encode(), NO_SUM, 1))
+        while piece := file.read(2**22):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file. Errors as for open_checked."""
+    file = open_checked(path)
+    return {name: file.get_tensor(name) for name in file.keys()}
 
 
 @cache
@@ -307,14 +370,22 @@ def load_model(stage: Path) -> tuple[ModelConfig, Tensors, dict | None]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: the stage was not trained, or is not "
                                 f"finished")
+    remedy = "--fresh trains the stage anew"
+    if checkpoints(Path(stage)):
+        remedy = "the command that trains the stage makes it again, from the checkpoint beside it"
     try:
-        file = safe_open(path, "pt")
-        metadata = file.metadata()
-        config = ModelConfig(**json.loads(metadata["model_config"]))
+        file = open_checked(path)
+        metadata = file.metadata() or {}
+        settings = json.loads(metadata["model_config"])
         adapter = json.loads(metadata.get("adapter", "null"))
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: truncated, or not a stage's weights ({error}); --fresh trains "
-                         f"the stage anew") from None
+    except KeyError:
+        raise ValueError(f"{path}: other weights than those of a stage; {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    if newer := sorted(settings.keys() - {f.name for f in fields(ModelConfig)}):
+        raise ValueError(f"{path} was written by another version of this code, whose networks have "
+                         f"{', '.join(newer)}: use that one, or train the stage anew with --fresh")
+    config = ModelConfig(**settings)
     if adapter:                              # relative to the stage, so that the run may move
         adapter["base"] = os.path.normpath(os.path.join(os.path.abspath(stage), adapter["base"]))
     return config, Tensors({name: partial(file.get_tensor, name) for name in file.keys()}), adapter

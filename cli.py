@@ -2,8 +2,11 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import os
+import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -13,11 +16,25 @@ def flag(default, help: str, **metadata):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help, no abbreviations, suggestions in errors, exit code 2."""
+    """argparse with defaults in --help, no abbreviations, suggestions in errors, which are one line
+    and exit code 2."""
 
     def __init__(self, description: str, example: str):
         super().__init__(description=description, epilog=f"example: {example}", allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add_argument(self, *names, least=None, **options):
+        """A number is finite, of a size that makes sense, and at least `least`; where that is not
+        given, a whole one from 0 up, another above 0."""
+        if options.get("type") in (int, float):
+            options["type"] = number(options["type"], least)
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str):
+        """argparse's own messages lose their first word, and the usage before them."""
+        plain = re.sub(r"^argument (\S+): ", r"\1 ", message)
+        hint = " (--help lists the flags)" if plain != message else ""
+        self.exit(2, f"{self.prog}: error: {one_line(plain)}{hint}\n")
 
     def parse(self, argv=None) -> argparse.Namespace:
         known, unknown = self.parse_known_args(argv)
@@ -35,8 +52,8 @@ class Parser(argparse.ArgumentParser):
             kind, choices = type(field.default), field.metadata.get("choices")
             options = {"action": argparse.BooleanOptionalAction}
             if kind is not bool:
-                options = {"type": choice(choices) if choices else kind,
-                           "metavar": kind.__name__.upper()}
+                options = {"type": choice(choices) if choices else kind, "least": -LARGEST,
+                           "metavar": kind.__name__.upper()}      # config.check has the bounds
             text = field.metadata["help"]
             if "(default" not in text:
                 text += f" ({default_text(field)})"
@@ -44,13 +61,73 @@ class Parser(argparse.ArgumentParser):
                               help=text.replace("%", "%%"), **options)
 
 
+# What a path can be that is not what it should be; any other OSError is the machine's.
+WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
+              PermissionError)
+
+
 def run(main) -> None:
-    """A script: what a user got wrong, an error of main(), is one line and exit code 2."""
+    """A script: an error of main() is one line. Exit code 2 for what a user got wrong, a ValueError
+    or a path; 1 for what the machine could not do, such as a full disk; 130 for Ctrl-C."""
     try:
         main()
+    except KeyboardInterrupt:
+        end("stopped by Ctrl-C", 130)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        machine = isinstance(error, OSError) and not isinstance(error, WRONG_PATH)
+        end(f"error: {one_line(str(error))}", 1 if machine else 2)
+
+
+def end(text: str, code: int):
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+def one_line(text: str, most: int = 600) -> str:
+    """Without line ends; of a long text the first and the last words."""
+    text = " ".join(text.split())
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} [...] {text[-half:]}"
+
+
+def read_text(path: Path) -> str:
+    """Raises ValueError that names a file which is not text in UTF-8."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
+
+
+def read_json(path: Path, kind=dict):
+    """What a file holds, a `kind`. Raises ValueError that names the file otherwise."""
+    try:
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: cannot be read as JSON ({reason})") from None
+    if not isinstance(found, kind):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, expected a {kind.__name__}")
+    return found
+
+
+@contextmanager
+def written_aside(path: Path):
+    """Another name, to write `path` under, which appears whole or not at all: what fails or is
+    stopped leaves nothing, and the file that was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_stem(f"{path.stem}.partial")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())                  # a full network disk may say so only here
+        if not aside.stat().st_size:
+            raise OSError(f"{path}: nothing could be written; is the disk full?")
+        aside.replace(path)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)
+        raise
 
 
 def check_folder(path: Path, flag: str) -> None:
@@ -76,13 +153,34 @@ def choice(words):
     return parse
 
 
+LARGEST = 10**9              # of any number that is given
+
+
+def number(kind, least=None):
+    """An argparse type, see Parser.add_argument."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a {whole}number") from None
+        if not abs(value) <= LARGEST:                # nan, too
+            raise argparse.ArgumentTypeError(f"{text}: must be a number of at most {LARGEST}")
+        if least is None and kind is float and value <= 0:
+            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+        if value < (least or 0):
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least or 0}")
+        return value
+    return parse
+
+
 def positive_ints(text: str) -> list[int]:
     """An argparse type: '1,2,4' -> [1, 2, 4], all at least 1."""
     try:
         values = [int(word) for word in text.split(",")]
     except ValueError:
         values = [0]
-    if min(values) < 1:
+    if not 1 <= min(values) <= max(values) <= LARGEST:
         raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from 1 up with commas, "
                                          f"such as 1,2,4")
     return values

@@ -3,7 +3,6 @@
 A flag that is given wins; then what the stage was begun with; then what the stage before hands on;
 then the recipe of the preset; then the defaults here.
 """
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -123,8 +122,8 @@ OF_THE_FLOW_MAP = ("chunks", "full_chunks", "epsilon", "derivative", "time_weigh
                    "weight_before_balance", "flow_fraction", "consistency_fraction")
 INHERITED = {"pretrain": OF_THE_RUN, "flowmap": OF_THE_RUN + OF_THE_FLOW_MAP}
 # These may change when a run is resumed.
-CHANGEABLE = ("steps", "run_dir", "micro_batch", "device", "checkpointing", "shard", "compile",
-              "deterministic", "fresh", "save_every", "log_every", "max_skips")
+CHANGEABLE = ("steps", "lr", "fake_lr", "run_dir", "micro_batch", "device", "checkpointing",
+              "shard", "compile", "deterministic", "fresh", "save_every", "log_every", "max_skips")
 
 # The released recipe, for Wan2.1.
 COMMON = dict(bf16=True, checkpointing=True, lora_rank=256, micro_batch=1, save_every=20,
@@ -223,6 +222,7 @@ def parse_config(argv=None) -> Config:
     c = Config(**recipe(values.get("preset", Config.preset), stage, causal) | values)
     c.base = "" if c.base == "none" else c.base
     check(c, given, parser)
+    check_base(c, given, parser)
     c.lora_alpha = c.lora_alpha or float(c.lora_rank)
     return c
 
@@ -238,16 +238,45 @@ def taken_over(run: Path, stage: str, causal: bool, fresh: bool) -> dict:
     places = [] if fresh else [(folder_of(stage, causal), own)]
     places += [(folder_of(before, causal), INHERITED[before])] if before else []
     for folder, names in places:
-        file = run / folder / "config.json"
-        if file.exists():
-            record = json.loads(file.read_text())["config"]
-            return {name: record[name] for name in names if name in record}
+        if record := record_of(run / folder):
+            found = record.get("config", {})
+            return {name: found[name] for name in names if name in found}
     return {}
 
 
+def record_of(stage, *needed: str) -> dict:
+    """config.json of a stage, as runs.record writes it; {} for one that was not begun. needed: what
+    must be there, in it or in its "config". Raises ValueError for a file of another kind."""
+    file = Path(stage) / "config.json"
+    if not file.exists() and not needed:
+        return {}
+    record = cli.read_json(file)
+    settings = record.get("config", {})
+    settings = settings if isinstance(settings, dict) else {}
+    kinds = {"config": dict, "built_on": dict, "chunks": list, "latent_shape": list,
+             "text_length": int, "vocabulary": list, "set": dict}
+    wrong = [name for name in needed if name not in (record if name in kinds else settings)]
+    wrong += [name for name, kind in kinds.items()
+              if not isinstance(record.get(name, kind()), kind)]
+    wrong += [name for name in ("chunks", "latent_shape") if name not in wrong
+              and not all(type(n) is int and n > 0 for n in record.get(name, []))]
+    if "vocabulary" not in wrong and not all(isinstance(word, str)
+                                             for word in record.get("vocabulary", [])):
+        wrong.append("vocabulary")
+    for field in fields(Config):
+        value, kind = settings.get(field.name, field.default), type(field.default)
+        fits = type(value) is kind or kind is float and type(value) is int
+        if not fits or kind is float and not math.isfinite(value):
+            wrong.append(field.name)
+    if wrong:
+        raise ValueError(f"{file}: not what training writes: {', '.join(wrong)} missing or of "
+                         f"another kind; put it there again, or train the stage anew with --fresh")
+    return record
+
+
 AT_LEAST_1 = ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips")
-AT_LEAST_0 = ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup", "cotrain",
-              "weight_decay")
+AT_LEAST_0 = ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup", "ema_start",
+              "cotrain", "weight_decay")
 ABOVE_0 = ("lr", "shift", "guidance", "real_guidance", "epsilon", "clip", "fake_lr")
 FRACTIONS = ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction",
              "consistency_fraction", "bidirectional_fraction")
@@ -255,6 +284,8 @@ FRACTIONS = ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fractio
 
 def check(c: Config, given: dict, parser) -> None:
     """Ends with a message for the first setting that cannot be. given: flags of the command."""
+    if not c.run_dir.strip() or not c.data.strip():
+        parser.error("--run-dir and --data must not be empty")
     def need(names, right, rule):
         for name in names:
             if not right(getattr(c, name)):
@@ -286,6 +317,20 @@ def check(c: Config, given: dict, parser) -> None:
                      "all weights with --lora-rank 0")
     if c.base and c.stage == "distill":
         parser.error("--base is for stages pretrain and flowmap; stage distill starts from those")
+
+
+def check_base(c: Config, given: dict, parser) -> None:
+    """Ends with a message where a stage begins on another one of other clips, and no flag says of
+    which it shall be."""
+    own = Path(c.run_dir) / folder_of(c.stage, c.causal) / "config.json"
+    if not (Path(c.base) / "model.safetensors").exists() or own.exists() and not c.fresh:
+        return
+    then = record_of(c.base).get("config", {})
+    for name in ("preset", "frames", "size"):
+        if name not in given and then.get(name, getattr(c, name)) != getattr(c, name):
+            parser.error(f"--base {c.base} was trained with --{name} {then[name]}, but --{name} is "
+                         f"{getattr(c, name)} where it is left out: say --{name} {then[name]}, or "
+                         f"what it shall be")
 
 
 def flag_name(name: str) -> str:

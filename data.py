@@ -9,6 +9,7 @@ Videos are float32 (B, T, 3, H, W) in [-1, 1]. Every clip is a pure function of 
 import hashlib
 import json
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import cli
@@ -25,7 +26,8 @@ import encoders
 from toys import SETS, draw, nearest_word
 
 SUFFIXES = (".mp4", ".gif", ".mov", ".webm")
-DECODER_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, IndexError)
+AGAIN = "run the command that made the shards again"
+DECODER_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, IndexError, struct.error)
 
 
 def open_data(name: str, frames: int = 8, size: int = 16):
@@ -175,28 +177,53 @@ class Shards:
 
     def __init__(self, path):
         self.path, self.attributes = Path(path), {}
-        again = "run the command that made the shards again"
         try:
-            self.manifest = json.loads((self.path / "manifest.json").read_text())
+            self.manifest = cli.read_json(self.path / "manifest.json")
             self.latent_shape = tuple(self.manifest["latent_shape"])
             self.text_shape = tuple(self.manifest["text_shape"])
+            sizes = {str(shard["name"]): shard["bytes"] for shard in self.manifest["shards"]}
+            self.places = [(str(shard["name"]), row) for shard in self.manifest["shards"]
+                           for row in range(shard["clips"])]
+            if not all(type(n) is int and n > 0 for n in self.latent_shape + self.text_shape):
+                raise ValueError("latent_shape and text_shape")
         except FileNotFoundError:
-            raise ValueError(f"{path}: has no manifest.json, no finished shards: {again}") from None
-        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}: has no manifest.json, no finished shards: {AGAIN}") from None
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path / 'manifest.json'}: not what was written ({error}); "
-                             f"{again}") from None
-        for shard in self.manifest["shards"]:
-            file = self.path / shard["name"]
-            if not file.exists() or file.stat().st_size != shard["bytes"]:
-                raise ValueError(f"{file}: missing, or not the {shard['bytes']} bytes of the "
-                                 f"manifest; delete it and {again}")
-        self.places = [(shard["name"], row) for shard in self.manifest["shards"]
-                       for row in range(shard["clips"])]
-        self.null_text = load_file(self.path / "null_text.safetensors")["text"].float()   # (T, D)
+                             f"{AGAIN}") from None
+        for name, size in sizes.items():
+            file = self.path / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise ValueError(f"{file}: missing, or not the {size} bytes of the manifest; "
+                                 f"delete it and {AGAIN}")
         if not self.places:
             raise ValueError(f"{path}: no clip in any shard")
+        self.null_text = self.read("null_text.safetensors", None, ["text"])["text"]      # (T, D)
+        self.read(*self.places[0], ["latents", "text"])          # raises, before training starts
         with safe_open(self.path / self.places[0][0], "pt") as file:
             self.conditioning = tuple(n for n in ("image", "condition") if n in file.keys())
+
+    def read(self, name: str, row: int | None, tensors) -> dict[str, torch.Tensor]:
+        """A row (None: all) of some tensors of a file, float32. Raises ValueError for what is not
+        there, not of the manifest's shape, or not finite."""
+        file, found = self.path / name, {}
+        shapes = {"latents": self.latent_shape, "text": self.text_shape}
+        try:
+            with safe_open(file, "pt") as opened:
+                for tensor in tensors:
+                    whole = opened.get_slice(tensor)
+                    found[tensor] = (whole[:] if row is None else whole[row]).float()
+        except (SafetensorError, OSError, IndexError) as error:
+            raise ValueError(f"{file}: cannot be read ({error}); delete it and {AGAIN}") from None
+        for tensor, values in found.items():
+            clip = "" if row is None else f" of clip {row}"
+            if tuple(values.shape) != shapes.get(tensor, tuple(values.shape)):
+                raise ValueError(f"{file}: {tensor}{clip} has shape {tuple(values.shape)}, but the "
+                                 f"manifest says {shapes[tensor]}")
+            if not values.isfinite().all():
+                raise ValueError(f"{file}: {tensor}{clip} holds numbers that are not finite: leave "
+                                 f"that clip out and {AGAIN}")
+        return found
 
     def __len__(self) -> int:
         return len(self.places)
@@ -206,10 +233,8 @@ class Shards:
         float32. Each len(self) consecutive indices show every clip once."""
         found = {name: [] for name in ("latents", "text", *self.conditioning)}
         for i in shuffled(indices, seed, len(self)):
-            shard, row = self.places[i]
-            with safe_open(self.path / shard, "pt") as file:
-                for name in found:
-                    found[name].append(file.get_slice(name)[row].float())
+            for name, values in self.read(*self.places[i], found).items():
+                found[name].append(values)
         batch = {name: torch.stack(rows) for name, rows in found.items()}
         return batch.pop("latents"), batch.pop("text"), batch
 
@@ -369,7 +394,7 @@ def check(args) -> None:
     shards = Shards(args.shards)
     for shard in tqdm(shards.manifest["shards"], desc="check"):
         file = args.shards / shard["name"]
-        if checksum(file) != shard["sha256"]:
+        if checksum(file) != shard.get("sha256"):
             raise ValueError(f"{file}: is not what was written (checksum); delete it and run the "
                              f"command that made the shards again")
     print(f"{args.shards}: {len(shards)} clips, latents {shards.latent_shape}, prompts "

@@ -22,7 +22,6 @@ import json
 import time
 from pathlib import Path
 
-import imageio.v3 as iio
 import torch
 from tqdm import tqdm
 
@@ -30,8 +29,9 @@ import cli
 import data
 import distributed
 import flowmap
+from config import record_of
 from pipeline import SAMPLERS, Pipeline, generate, load_pipeline
-from sample import contact_sheet, newest_stage, to_pixels
+from sample import contact_sheet, newest_stage, to_pixels, write_frames, write_picture
 
 HELD_OUT = 1_000_000         # clip seeds from here on are never used in training
 TEACHER_STEPS = 50
@@ -122,7 +122,8 @@ def draw_figure(path: Path, rows: list[dict]) -> bool:
             axis.set(yscale="log")
     axes[0][0].legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with cli.written_aside(path) as aside:
+        figure.savefig(aside, dpi=120)
     plt.close(figure)
     return True
 
@@ -226,8 +227,9 @@ def main(argv=None) -> None:
         "optional ':consistency' sampler (default: all finished, and flowmap:consistency)")
     add("--steps", type=cli.positive_ints, default=[1, 2, 4, 8, 16, 32], metavar="N,N,...",
         help="step counts (default 1,2,4,8,16,32)")
-    add("--count", type=int, default=480, help="clips a model and step count (default 480)")
-    add("--length", type=int, default=1,
+    add("--count", type=int, least=2, default=480,
+        help="clips a model and step count (default 480)")
+    add("--length", type=int, least=1, default=1,
         help="causal: clips of so many times the trained length (default 1)")
     add("--guidance", type=float,
         help="the teacher's guidance scale (default: the one fused into the flow map)")
@@ -237,17 +239,22 @@ def main(argv=None) -> None:
     args, started = parser.parse(argv), time.time()
     out = args.out or args.run_dir / "eval"
     try:
-        for name, least in (("count", 2), ("length", 1)):
-            if getattr(args, name) < least:
-                raise ValueError(f"--{name} {getattr(args, name)}: must be at least {least}")
         models = parse_models(args.run_dir, args.models)
         cli.check_folder(out, "--out")
+        config = common_config([folder for _, folder, _ in models])
+        dataset = data.open_data(config["data"], config["frames"], config["size"])
+        if isinstance(dataset, data.Shards):
+            raise ValueError(f"{models[0][1]} was trained on the shards {config['data']}, and "
+                             "latents are no clips to compare with: measure it with VBench")
         device = distributed.start(args.device).device
         pipelines = {folder: load_pipeline(folder, device) for _, folder, _ in models}
         if args.length > 1 and any(len(p.chunks) == 1 for p in pipelines.values()):
             raise ValueError(f"--length {args.length} is for causal models only")
-        config = next(iter(pipelines.values())).config
-        dataset = data.open_data(config["data"], config["frames"], config["size"])
+        chunks = {p.chunks: folder for folder, p in pipelines.items() if len(p.chunks) > 1}
+        if len(chunks) > 1:
+            (first, a), (other, b) = list(chunks.items())[:2]
+            raise ValueError(f"--models: {a} has chunks of {list(first)}, {b} of {list(other)}; "
+                             "measure them one after the other")
     except ValueError as error:
         parser.error(str(error))
     causal = [p for p in pipelines.values() if len(p.chunks) > 1]
@@ -258,14 +265,26 @@ def main(argv=None) -> None:
     table = to_table(rows, summary)
     print("\n" + table + "\n")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table + "\n")
-    (out / "results.json").write_text(json.dumps({**summary, "rows": rows}, indent=1))
+    data.write_text(out / "table.md", table + "\n")
+    data.write_text(out / "results.json", json.dumps({**summary, "rows": rows}, indent=1))
     written = ["table.md", "results.json", *draw_sheets(out, pictures)]
     if draw_figure(out / "curve.png", rows):
         written.append("curve.png")
     else:
         print("no figure: it needs matplotlib (pip install matplotlib)")
     print(f"in {out}: {', '.join(written)} ({time.time() - started:.0f} s)")
+
+
+def common_config(stages: list[Path]) -> dict:
+    """The settings of stages that can be measured on one set. Raises ValueError for others."""
+    first = record_of(stages[0], "data", "frames", "size")["config"]
+    for stage in stages[1:]:
+        config = record_of(stage, "data", "frames", "size")["config"]
+        for name in ("data", "frames", "size"):
+            if config[name] != first[name]:
+                raise ValueError(f"--models: {stages[0]} was trained with --{name} {first[name]}, "
+                                 f"{stage} with {config[name]}; measure them one after the other")
+    return first
 
 
 def guidance_of(pipeline: Pipeline, args) -> float:
@@ -335,9 +354,8 @@ def draw_sheets(out: Path, pictures: dict) -> list[str]:
         grid = torch.stack(clips)                                # (steps, prompts, T, 3, H, W)
         frames = [contact_sheet(grid[:, :, i]) for i in range(grid.shape[2])]
         height = 4 * grid.shape[-2] * len(clips)
-        movie = to_pixels(torch.stack(frames), height)
-        iio.imwrite(out / f"{name}.png", movie[len(movie) // 2])
-        iio.imwrite(out / f"{name}.gif", movie, duration=125, loop=0)
+        write_picture(out / f"{name}.png", frames[len(frames) // 2], height)
+        write_frames(out / f"{name}.gif", to_pixels(torch.stack(frames), height), fps=8)
         written += [f"{name}.png", f"{name}.gif"]
     return written
 

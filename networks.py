@@ -4,7 +4,7 @@ A network is made on the meta device, sharded, given memory and then filled tens
 that no rank ever holds the whole of it. With adapters, all networks of a stage share one frozen
 base.
 """
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -137,13 +137,24 @@ def find_weights(c: Config) -> Weights:
     if c.stage == "distill":
         # With adapters the teacher is one of the base, or the base itself.
         teacher = student if c.lora_rank else origins["teacher"]
-        if wan.load(teacher)[0].second_time:
+        teacher_config = wan.load(teacher)[0]
+        if teacher_config.second_time:
             raise ValueError(f"stage distill needs stage pretrain, a teacher: {teacher} is a flow "
                              f"map. First run: {runs.first_command(c, 'pretrain')}")
+        check_alike(config, student, teacher_config, teacher)
         if not c.lora_rank:
             scores = (wan.load(teacher, second_time=False, compressed=False)[1], teacher)
     config, state = wan.as_asked(config, state, flow_map, c.causal and c.full_chunks > 0)
     return Weights(config, (state, student), scores, adapters, below)
+
+
+def check_alike(student: ModelConfig, place, teacher: ModelConfig, origin) -> None:
+    """Raises ValueError for networks of different sizes."""
+    for name, value in asdict(student).items():
+        other = getattr(teacher, name)
+        if name not in ("second_time", "compressed", "gate") and value != other:
+            raise ValueError(f"the student {place} has {name} = {value}, its teacher {origin} has "
+                             f"{other}: they must be of one size; train both in one run")
 
 
 def find_adapters(c: Config, origins: dict) -> tuple[str, dict]:
@@ -155,7 +166,7 @@ def find_adapters(c: Config, origins: dict) -> tuple[str, dict]:
     if not Path(base).exists():
         raise ValueError(f"{place} adapts the weights {base}, which are not there: put them there "
                          "again, or run where they are")
-    if own and own.get("base_sha256", "") not in ("", runs.fingerprint(base)):
+    if own and own.get("base_sha256", "") not in ("", wan.fingerprint(base)):
         raise ValueError(f"{place} adapts other weights than {base} holds now: train it anew with "
                          "--fresh")
     adapters = {"student": (None, place) if c.base else adapter_of(c, place, base)}

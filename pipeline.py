@@ -5,22 +5,22 @@
 
 Legend:  B batch   F latent frames, C channels, h, w   T pixel frames   H, W picture
 """
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 import checkpoint
 import data
 import distributed
 import encoders
 import lora
+import runs
 import wan
 from cache import Context, append_chunk
+from config import record_of
 from flowmap import SAMPLERS, check_grid, conditioned, first_frames_given, guided
 from model import FlowMapDiT
 
@@ -59,7 +59,8 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     path = Path(path)
     config, state, adapter = wan.load_apart(path, base)
     trained_here = (path / "model.safetensors").exists()
-    record = json.loads((path / "config.json").read_text()) if trained_here else {}
+    needed = ("chunks", "latent_shape", "text_length", "shift", "guidance", "full_chunks")
+    record = record_of(path, *needed) if trained_here else {}
     of_wan = "vocabulary" not in record
     if trained_here and chunks:
         raise ValueError(f"--chunks: {path} was trained with chunks of {record['chunks']}; ask for "
@@ -67,7 +68,7 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     if of_wan:
         codec = wan_codec(path, config, base, device, tiling)
     else:
-        codec = encoders.PatchPCA.from_state(load_file(path / "codec.safetensors"))
+        codec = runs.read_codec(path / runs.CODEC)
     if not trained_here:
         record = record_for(path, config, codec, frames, height, width, chunks)
     if bf16 is None:
@@ -185,6 +186,12 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
             u = guided(u, conditioned(net, null), guidance)
         kept = given[:, context.start:context.start + z.shape[1]]
         z_0 = sample_chunk(u, z, kept, grid, sampler, renoise)
+        finite = z_0.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            bad = finite.index(False)
+            raise ValueError(f"the clip of {captions[bad]!r}, seed {seeds[bad]}, has latents that "
+                             f"are no finite numbers: the weights are damaged, or --guidance is "
+                             f"too large")
         yield z_0
         if m == len(chunks) - 1:
             return

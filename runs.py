@@ -3,25 +3,30 @@
 A run is a folder with a folder for each stage, see checkpoint.py for what these hold.
 """
 import dataclasses
+import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import socket
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
+import checkpoint
 import cli
 import data
 import distributed
 import encoders
 import wan
-from config import CHANGEABLE, Config, chunks_of, command, folder_of, stage_before
+from config import CHANGEABLE, Config, chunks_of, command, folder_of, record_of, stage_before
 from model import PRESETS
+from toys import SETS
 
-CODEC = "codec.safetensors"
+CODEC, LOCK = "codec.safetensors", "lock"
 
 
 def stage_folder(c: Config) -> Path:
@@ -36,7 +41,7 @@ def origins(c: Config) -> dict[str, str]:
     teacher = str(run / "pretrain")
     if c.stage == "distill" and not finished(teacher):
         # Stage flowmap may have had weights in place of stage pretrain.
-        teacher = read_record(Path(student)).get("config", {}).get("base") or teacher
+        teacher = record_of(Path(student)).get("config", {}).get("base") or teacher
     found = {"teacher": teacher if c.stage == "distill" else "", "student": student}
     return {role: place for role, place in found.items() if place}
 
@@ -61,25 +66,40 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
     if c.base and not Path(c.base).exists():
         raise ValueError(f"--base {c.base}: not there; give a finished stage, or a file or folder "
                          "of weights (--base none: none)")
+    now = settings(c)
     for place in map(Path, origins(c).values()):
         if place.parent == Path(c.run_dir) and not finished(place):
             name = place.name.removeprefix("causal-")
             raise ValueError(f"stage {c.stage} needs stage {name}, which is not finished in "
                              f"{c.run_dir}. First run: {first_command(c, name)}")
+        if place.parent == Path(c.run_dir):
+            then = absolute(record_of(place).get("config", {}))
+            for name in ("preset", "data", "frames", "size"):
+                if then.get(name, now[name]) != now[name]:
+                    raise ValueError(f"stage {c.stage} starts from {place}, which was trained with "
+                                     f"--{name} {then[name]}, not {now[name]}: leave --{name} out, "
+                                     f"or give another --run-dir")
     per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
     if c.batch_size % per_step:
         raise ValueError(f"--batch-size {c.batch_size} is not a multiple of {per_step}: "
                          f"{world.size} processes times {per_step // world.size} samples "
                          "(--micro-batch)")
     cli.check_folder(stage, "--run-dir")
-    begun, sums = distributed.on_main(lambda: (read_record(stage), built_on(c)), world)
+    begun, sums = distributed.on_main(lambda: (record_of(stage), built_on(c)), world)
     # What a launch has begun afresh it goes on with, when it is started once more.
     fresh = distributed.on_main(
         lambda: c.fresh and not distributed.is_restart(begun.get("launch")), world)
+    if not begun and not fresh and (finished(stage) or checkpoint.checkpoints(stage)):
+        raise ValueError(f"{stage} holds what was trained, but its config.json, which says how, is "
+                         "gone: put it there again, or train the stage anew with --fresh")
     if begun and not fresh:
-        if change := change_between(begun["config"], settings(c)):
+        if change := change_between(begun.get("config", {}), settings(c)):
             raise ValueError(f"{stage} was started with {change}: use --fresh to start it anew, or "
                              "another --run-dir")
+        if finished(stage) and not checkpoint.checkpoints(stage):
+            raise ValueError(f"{stage} is finished, but its checkpoints are gone: training would "
+                             "begin at 0 and overwrite it. Put checkpoints/ there again, or train "
+                             "it anew with --fresh")
         for role, checksum in sums.items():
             if begun.get("built_on", {}).get(role, checksum) != checksum:
                 raise ValueError(f"{stage} was started on other weights than {origins(c)[role]} "
@@ -88,19 +108,20 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
 
 
 def settings(c: Config) -> dict:
-    """What is recorded of a config: a base by its absolute path, as a run goes on from anywhere."""
-    base = {"base": os.path.abspath(c.base)} if c.base else {}
-    return dataclasses.asdict(c) | base
+    """What is recorded of a config."""
+    return absolute(dataclasses.asdict(c))
 
 
-def read_record(stage: Path) -> dict:
-    """config.json of a stage; {} for one that was not begun."""
-    file = stage / "config.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+def absolute(config: dict) -> dict:
+    """A recorded config with absolute paths, as a run goes on from anywhere."""
+    given = {name: config[name] for name in ("base", "data") if config.get(name)}
+    return config | {name: os.path.abspath(path) for name, path in given.items()
+                     if path not in SETS}
 
 
 def change_between(then: dict, now: dict) -> str:
     """The first setting that changed and may not, or ''."""
+    then = absolute(then)
     for name, value in now.items():
         if name in then and name not in CHANGEABLE and then[name] != value:
             return f"{name} = {then[name]}, not {value}"
@@ -109,23 +130,7 @@ def change_between(then: dict, now: dict) -> str:
 
 def built_on(c: Config) -> dict[str, str]:
     """What tells the weights that a stage starts from, by role."""
-    return {role: fingerprint(place) for role, place in origins(c).items()}
-
-
-def fingerprint(place) -> str:
-    """Of a finished stage its checksum. Of other weights, which may be tens of GB, the SHA-256 of
-    their sizes and of sixteen pieces of each file."""
-    if finished(place):
-        return data.checksum(Path(place) / "model.safetensors")
-    found = hashlib.sha256()
-    for file in wan.weight_files(Path(place)):
-        size = file.stat().st_size
-        found.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as opened:
-            for piece in range(16):
-                opened.seek(piece * size // 16)
-                found.update(opened.read(2**16))
-    return found.hexdigest()
+    return {role: wan.fingerprint(place) for role, place in origins(c).items()}
 
 
 def open_source(c: Config, fresh: bool):
@@ -139,7 +144,7 @@ def open_source(c: Config, fresh: bool):
         places += [] if fresh else [stage_folder(c) / CODEC]
         found = [place for place in places if place.exists()]
         if found:
-            codec = encoders.PatchPCA.from_state(load_file(found[-1]))
+            codec = read_codec(found[-1])
         else:
             clips = source.clips(range(1024), seed=c.seed)[0]
             codec = encoders.PatchPCA.fit(clips, PRESETS[c.preset].channels)
@@ -147,6 +152,26 @@ def open_source(c: Config, fresh: bool):
         return encoders.Encoded(source, codec, words)
     except ValueError as error:
         raise ValueError(f"--data {c.data}: {error}") from None
+
+
+def set_of(source) -> dict:
+    """What tells a set of clips or latents from another one, for config.json."""
+    if isinstance(source, data.Shards):
+        found = {"clips": len(source), "made by": source.manifest.get("made_by")}
+    else:
+        captions = json.dumps(source.dataset.captions).encode()
+        found = {"captions": f"checksum {hashlib.sha256(captions).hexdigest()[:8]}"}
+    return found | {"latents": list(source.latent_shape), "prompts": list(source.null_text.shape)}
+
+
+def check_set(c: Config, source) -> None:
+    """Raises ValueError when a stage that goes on was begun on another set."""
+    now = json.loads(json.dumps(set_of(source)))
+    for name, then in record_of(stage_folder(c)).get("set", {}).items():
+        if now.get(name) != then:
+            raise ValueError(f"{stage_folder(c)} was started when --data {c.data} had {name} {then}"
+                             f", not {now.get(name)}: put it there again, or use --fresh to start "
+                             "this stage anew")
 
 
 def fit_to(source, config, origin: str, c: Config) -> None:
@@ -165,37 +190,85 @@ def fit_to(source, config, origin: str, c: Config) -> None:
                          f"{config.text_dim}, but --data {c.data} has {channels} and {width}")
 
 
-def prepare(c: Config, source, fresh: bool, world) -> None:
-    """Make the stage's folder, with the codec in it, which all ranks then use."""
+def read_codec(file: Path) -> encoders.PatchPCA:
+    """Raises ValueError for a damaged file."""
+    try:
+        return encoders.PatchPCA.from_state(checkpoint.read_tensors(file))
+    except KeyError as error:
+        raise ValueError(f"{file}: has no {error}, and is not a codec of the toy sets") from None
+
+
+@contextmanager
+def prepared(c: Config, source, fresh: bool, world):
+    """The stage's folder, locked for this process and its ranks, with the codec in it, which all
+    ranks then use. Raises ValueError when another process trains the stage."""
     stage = stage_folder(c)
+    stage.mkdir(parents=True, exist_ok=True)
     own_codec = not isinstance(source, data.Shards)
-    if world.is_main:
-        if fresh:
-            shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True, exist_ok=True)
-        if own_codec and not (stage / CODEC).exists():
-            aside = stage / f"{CODEC}.partial"
-            save_file(source.codec.state(), aside)
-            aside.rename(stage / CODEC)
-    distributed.barrier(world)
-    if own_codec:
-        source.codec = encoders.PatchPCA.from_state(load_file(stage / CODEC))
+    with open(stage / LOCK, "a+") as lock:
+        if holder := distributed.on_main(lambda: locked_by(lock), world):
+            raise ValueError(f"{stage} is trained by {holder} already: wait for it, stop it, or "
+                             "give another --run-dir")
+        begun = distributed.on_main(lambda: record_of(stage), world)
+        if not fresh and (change := change_between(begun.get("config", {}), settings(c))):
+            raise ValueError(f"{stage} was started with {change} by another process just now")
+        if world.is_main and fresh:
+            for entry in stage.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name != LOCK:
+                    entry.unlink()
+        if world.is_main and own_codec and not (stage / CODEC).exists():
+            with cli.written_aside(stage / CODEC) as aside:
+                state = checkpoint.as_they_are(source.codec.state())
+                checkpoint.write_tensors(aside, state, {})
+        distributed.barrier(world)
+        if own_codec:
+            source.codec = read_codec(stage / CODEC)
+        yield
+
+
+def locked_by(file) -> str:
+    """Lock an open file until it is closed, or say who has done so.
+
+    The system takes the lock back when the process ends, however it ends. Over several nodes it
+    holds where the network disk passes flock on (NFS 4, Lustre with -o flock); else on each alone.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read() or "another process"
+    except OSError:                                  # a disk that knows no locks
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return ""
 
 
 def record(c: Config, source, first: int, sums: dict) -> None:
     """Write config.json, and take rows out of log.jsonl of updates that are made again."""
     stage = stage_folder(c)
     found = {} if isinstance(source, data.Shards) else {"vocabulary": source.words.vocabulary}
-    found |= {"config": settings(c), "git": git_revision(), "torch": torch.__version__,
-              "latent_shape": source.latent_shape,
+    found |= {"config": settings(c), "set": set_of(source), "git": git_revision(),
+              "torch": torch.__version__, "latent_shape": source.latent_shape,
               "chunks": chunks_of(c, source.latent_shape[0]),
               "text_length": len(source.null_text), "built_on": sums,
               "launch": distributed.launch()}
-    data.write_text(stage / "config.json", json.dumps(found, indent=1))
     log = stage / "log.jsonl"
-    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-    whole = [row for row in rows if row.endswith("}\n")]           # the last may be cut short
-    data.write_text(log, "".join(row for row in whole if json.loads(row)["step"] <= first))
+    text = log.read_text(errors="replace") if log.exists() else ""
+    data.write_text(stage / "config.json", json.dumps(found, indent=1))
+    kept = [row for row in text.splitlines(keepends=True) if step_of(row) <= first]
+    data.write_text(log, "".join(kept))
+
+
+def step_of(row: str) -> float:
+    """The update of a row of log.jsonl; infinite for one that is cut short or damaged."""
+    try:
+        return float(json.loads(row)["step"]) if row.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def git_revision() -> str:

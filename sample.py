@@ -5,12 +5,15 @@
 """
 import argparse
 import json
+import subprocess
 import time
 import zlib
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
-import imageio.v2
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,7 @@ import data
 import distributed
 import encoders
 import flowmap
+import wan
 from config import folder_of
 from pipeline import (
     SAMPLERS,
@@ -49,20 +53,50 @@ def contact_sheet(rows: torch.Tensor, gap: int = 2) -> torch.Tensor:
 
 
 def write_clip(path: Path, video: torch.Tensor, fps: int) -> None:
-    """Write one clip (T, 3, H, W), aside and then renamed: .mp4 and .gif play, .png is a row of its
-    frames. Raises ValueError for other names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_stem(f"{path.stem}.partial")
+    """Write one clip (T, 3, H, W), whole or not at all: .mp4 and .gif play, .png is a row of its
+    frames. Raises ValueError for other names, OSError where it cannot be written."""
     if path.suffix == ".png":
-        iio.imwrite(aside, to_pixels(contact_sheet(video[None]), video.shape[-2] * 4))
-    elif path.suffix == ".gif":
-        iio.imwrite(aside, to_pixels(video), duration=1000 / fps, loop=0)
-    elif path.suffix == ".mp4":
-        iio.imwrite(aside, to_pixels(video), fps=fps, codec="libx264", macro_block_size=2,
-                    output_params=["-crf", "12", "-loglevel", "error"])
+        write_picture(path, contact_sheet(video[None]), video.shape[-2] * 4)
+    elif path.suffix in (".mp4", ".gif"):
+        write_frames(path, iter(to_pixels(video)), fps)
     else:
         raise ValueError(f"{path}: the name must end in .mp4, .gif or .png")
-    aside.replace(path)
+
+
+def write_picture(path: Path, picture: torch.Tensor, height: int) -> None:
+    """A picture (3, H, W), whole or not at all."""
+    with cli.written_aside(path) as aside:
+        aside.write_bytes(iio.imwrite("<bytes>", to_pixels(picture, height), extension=".png"))
+
+
+def write_frames(path: Path, frames, fps: int) -> None:
+    """An .mp4 or .gif of an iterator of frames (H, W, 3) uint8, whole or not at all."""
+    with cli.written_aside(path) as aside:
+        if path.suffix == ".mp4":
+            write_mp4(aside, frames, fps)
+        else:
+            aside.write_bytes(iio.imwrite("<bytes>", np.stack(list(frames)), extension=".gif",
+                                          duration=1000 / fps, loop=0))
+
+
+def write_mp4(path: Path, frames, fps: int) -> None:
+    """By ffmpeg. Raises OSError with its first word where it fails, as on a full disk."""
+    first = next(frames)
+    height, width = first.shape[:2]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-xerror",
+               "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps),
+               "-i", "-", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", str(path)]
+    # In a session of its own: Ctrl-C is for this process, which then ends ffmpeg.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+                          start_new_session=True) as ffmpeg:
+        with suppress(BrokenPipeError):              # why, it says at its end
+            for frame in chain([first], frames):
+                ffmpeg.stdin.write(frame.tobytes())
+            ffmpeg.stdin.close()
+        problem = ffmpeg.stderr.read().decode(errors="replace").strip().splitlines()
+    if ffmpeg.returncode or problem:
+        reason = problem[0].split("] ")[-1] if problem else f"exit code {ffmpeg.returncode}"
+        raise OSError(f"{path}: ffmpeg could not write it ({reason})")
 
 
 def newest_stage(run: Path, causal: bool = False) -> Path:
@@ -91,21 +125,24 @@ def make_parser() -> cli.Parser:
     add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: of --run-dir)")
     add("--base", type=Path, help="the weights' pipeline folder, for its encoders: Wan2.1 or "
         "Wan2.2-TI2V-5B (default none, for networks of the toy sets)")
-    add("--height", type=int, default=480, help="pixels, for weights without a run (default 480)")
-    add("--width", type=int, default=832, help="pixels, for weights without a run (default 832)")
+    add("--height", type=int, least=1, default=480,
+        help="pixels, for weights without a run (default 480)")
+    add("--width", type=int, least=1, default=832,
+        help="pixels, for weights without a run (default 832)")
     add("--stage", type=cli.choice(("pretrain", "flowmap", "distill")), metavar="NAME",
         help="pretrain, flowmap or distill (default: the furthest that is finished)")
-    add("--steps", type=int, default=4, help="network calls, any number from 1 up (default 4)")
+    add("--steps", type=int, least=1, default=4,
+        help="network calls, any number from 1 up (default 4)")
     add("--grid", metavar="T,...", help="times from 1 to 0, in place of --steps (default none)")
     add("--shift", type=float, help="timestep shift of the grid (default: the one trained with)")
     add("--seed", type=int, default=0, help="of the first clip; others count on (default 0)")
-    add("--per-prompt", type=int, default=1, help="clips of each prompt (default 1)")
+    add("--per-prompt", type=int, least=1, default=1, help="clips of each prompt (default 1)")
     add("--sampler", type=cli.choice(SAMPLERS), default="euler", metavar="NAME", help="euler "
         "follows the flow map; consistency re-noises at each step (default euler)")
     add("--guidance", type=float, help="guidance scale, 1 is none (default: the teacher's of its "
         "recipe; 1 where it is built in: for flow maps and the consistency sampler)")
-    add("--frames", type=int, help="pixel frames: of causal models, rounded up to whole chunks; or "
-        "for weights without a run (default: as trained, or 81)")
+    add("--frames", type=int, least=1, help="pixel frames: of causal models, rounded up to whole "
+        "chunks; or for weights without a run (default: as trained, or 81)")
     add("--chunks", type=cli.positive_ints, metavar="N,N,...", help="latent frames a chunk, for "
         "causal weights that do not say so, as Self-Forcing's 3,3,3,3,3,3,3 (default none)")
     add("--image", type=Path, help="the clip starts with this picture: an input of Wan2.1-I2V; of "
@@ -132,23 +169,18 @@ def make_parser() -> cli.Parser:
 
 def check(args) -> None:
     """Raises ValueError for what is wrong whatever the weights are."""
-    for name, least in (("steps", 1), ("per_prompt", 1), ("frames", 1), ("window", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    for name in ("guidance", "shift"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} {value:g}: must be above 0")
     if args.image and args.video:
         raise ValueError("--image and --video: give one of them")
     for chunk, _ in args.prompt_at:
-        if not chunk.isdigit():
+        if not chunk.isdecimal():
             raise ValueError(f"--prompt-at {chunk}: the chunk must be a number from 0 up")
     if not args.vbench and args.out.suffix not in (".mp4", ".gif", ".png"):
         raise ValueError(f"--out {args.out}: the name must end in .mp4, .gif or .png")
     if args.sheet and args.sheet.suffix != ".png":
         raise ValueError(f"--sheet {args.sheet}: the name must end in .png")
+    for flag, path in (("--out", not args.vbench and args.out), ("--sheet", args.sheet)):
+        if path and path.is_dir():
+            raise ValueError(f"{flag} {path}: is a folder; give the name of a file")
     cli.check_folder(args.out if args.vbench else args.out.parent, "--out")
     if args.save_latents:
         cli.check_folder(args.save_latents, "--save-latents")
@@ -158,10 +190,12 @@ def check(args) -> None:
 
 def read_grid(text: str) -> list[float]:
     try:
-        return [float(t) for t in text.split(",")]
+        times = [float(t) for t in text.split(",")]
     except ValueError:
         raise ValueError(f"--grid {text}: expected numbers with commas from 1 down to 0, such as "
                          f"1,0.6,0") from None
+    flowmap.check_grid(times)
+    return times
 
 
 def sampling_options(args, pipeline: Pipeline, stage: Path) -> dict:
@@ -246,6 +280,8 @@ def clip_paths(args, captions: list[str]) -> list[Path]:
 def write_clips(args, stage, world, pipeline, captions, seeds, grid, options: dict) -> None:
     """The clips of this process, less what an earlier run of this command made for VBench."""
     paths = clip_paths(args, captions)
+    if args.vbench:
+        check_made_by(args.out, made_by(args, stage, pipeline, captions, seeds, grid, options))
     todo = [i for i in range(world.rank, len(paths), world.size)
             if not (args.vbench and paths[i].exists())]
     quiet, made = len(todo) <= pipeline.batch or not world.is_main, []
@@ -258,16 +294,40 @@ def write_clips(args, stage, world, pipeline, captions, seeds, grid, options: di
                          **options)
         for i, clip in zip(rows, clips):
             write_clip(paths[i], clip, pipeline.fps)
-            tqdm.write(f"{paths[i]}: {captions[i]} (seed {seeds[i]}, {len(grid) - 1} steps, "
-                       f"{stage.name})")
+            tqdm.write(f"{paths[i]}: {cli.one_line(captions[i], 200)} (seed {seeds[i]}, "
+                       f"{len(grid) - 1} steps, {stage.name})")
         if args.sheet:
             made.append(clips)
     if made:
         sheet = torch.cat(made)                                  # (clips, T, 3, H, W)
-        args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        iio.imwrite(args.sheet,
-                    to_pixels(contact_sheet(sheet), sheet.shape[-2] * 4 * len(sheet)))
+        write_picture(args.sheet, contact_sheet(sheet), sheet.shape[-2] * 4 * len(sheet))
         print(args.sheet)
+
+
+def made_by(args, stage, pipeline, captions, seeds, grid, options: dict) -> dict:
+    """What the clips of a command depend on, to be kept beside them."""
+    start = args.image or args.video
+    return {"weights": str(stage.resolve()), "checksum": wan.fingerprint(stage),
+            "start": data.checksum(start) if start else None, "prompt_at": args.prompt_at,
+            "window": args.window, "grid": grid, "sampler": options["sampler"],
+            "guidance": options["guidance"], "first_seed": seeds[0],
+            "chunks": options.get("chunks", pipeline.chunks), "size": pipeline.latent_shape[1:],
+            "prompts": f"checksum {zlib.crc32(json.dumps(captions).encode()):08x}"}
+
+
+def check_made_by(folder: Path, now: dict) -> None:
+    """Raises ValueError when the clips in a folder were made by other settings, which stand beside
+    it: VBench looks at every file in it."""
+    record, now = folder.with_name(f"{folder.name}.made_by.json"), json.loads(json.dumps(now))
+    if not record.exists() and any(folder.glob("*.mp4")):
+        raise ValueError(f"--out {folder}: holds clips, and no {record.name} beside it says how "
+                         f"they were made: give another folder")
+    for name, then in (cli.read_json(record) if record.exists() else {}).items():
+        if now.get(name) != then and any(folder.glob("*.mp4")):
+            raise ValueError(f"--out {folder}: its clips were made with {name} = {then}, not "
+                             f"{now.get(name)}: give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    data.write_text(record, json.dumps(now, indent=1))
 
 
 def file_name(caption: str) -> str:
@@ -286,37 +346,34 @@ def read_prompts(args) -> list[str]:
     if path:
         if not path.is_file():
             raise ValueError(f"--prompts {path}: no such file")
-        text = path.read_text("utf-8")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        captions += read_json(text, path) if path.suffix == ".json" else lines
+        if path.suffix == ".json":
+            captions += read_list(path)
+        else:
+            captions += filter(None, map(str.strip, cli.read_text(path).splitlines()))
     if not captions and path:
         raise ValueError(f"--prompts {path}: holds no prompt; write one a line")
     if not captions:
         raise ValueError('no prompt: give --prompt "..." or --prompts FILE')
+    for prompt in captions + [prompt for _, prompt in args.prompt_at]:
+        if not encoders.split_words(prompt):
+            raise ValueError(f"prompt {prompt!r}: has no word")
     return captions
 
 
-def read_json(text: str, path: Path) -> list[str]:
-    try:
-        rows = json.loads(text)
-        if not isinstance(rows, list):
-            raise TypeError(f"not {type(rows).__name__}")
-        return [row["prompt_en"] if isinstance(row, dict) else str(row) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--prompts {path}: expected a list of prompts, or of entries with "
-                         f"prompt_en ({error})") from None
+def read_list(path: Path) -> list[str]:
+    rows = cli.read_json(path, list)
+    prompts = [row.get("prompt_en") if isinstance(row, dict) else row for row in rows]
+    for i, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            raise ValueError(f"--prompts {path}: expected a list of prompts, or of entries with "
+                             f"prompt_en; number {i} is {rows[i - 1]!r}")
+    return prompts
 
 
 def save_latents(args, stage, world, pipeline, captions, seeds, grid, options: dict) -> None:
     """A teacher's clips as shards (data.ShardWriter): synthetic training data, as in the paper."""
-    start = args.image or args.video
-    made_by = {"weights": str(stage.resolve()), "start": data.checksum(start) if start else None,
-               "prompt_at": args.prompt_at, "window": args.window, "grid": grid,
-               "sampler": options["sampler"], "guidance": options["guidance"],
-               "first_seed": seeds[0], "chunks": options.get("chunks", pipeline.chunks),
-               "size": pipeline.latent_shape[1:],
-               "prompts": f"checksum {zlib.crc32(json.dumps(captions).encode()):08x}"}
-    writer = data.ShardWriter(args.save_latents, made_by, world.rank, world.size)
+    found = made_by(args, stage, pipeline, captions, seeds, grid, options)
+    writer = data.ShardWriter(args.save_latents, found, world.rank, world.size)
     image, condition = options.get("picture", (None, None))
     rows = [i for i in range(world.rank, len(captions), world.size)
             if f"{i:07d}" not in writer.done]
@@ -337,18 +394,16 @@ def stream_to(path: Path, pieces, fps: int) -> None:
     """Write chunks (1, T, 3, H, W) into one .mp4 or .gif as they come; print how fast they came."""
     if path.suffix not in (".mp4", ".gif"):
         raise ValueError(f"{path}: a stream is written to .mp4 or .gif")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"duration": 1000 / fps, "loop": 0}
-    if path.suffix == ".mp4":
-        options = {"fps": fps, "macro_block_size": 2}
+    write_frames(path, timed_frames(path, pieces), fps)
+
+
+def timed_frames(path: Path, pieces):
     started, first, frames = time.time(), None, 0
-    with imageio.v2.get_writer(path, **options) as writer:
-        for piece in pieces:
-            for frame in to_pixels(piece[0]):
-                writer.append_data(frame)
-            first = first or time.time() - started
-            frames += piece.shape[1]
-            print(f"\r{path}: {frames} frames", end="", flush=True)
+    for piece in pieces:
+        yield from to_pixels(piece[0])
+        first = first or time.time() - started
+        frames += piece.shape[1]
+        print(f"\r{path}: {frames} frames", end="", flush=True)
     seconds = time.time() - started
     print(f"; first chunk after {first:.2f} s, {frames / seconds:.1f} frames a second")
 

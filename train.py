@@ -29,6 +29,7 @@ import meanflow
 import networks
 import runs
 import updates
+import wan
 from config import Config, chunks_of, command, learning_rate, parse_config
 from flowmap import time_weight
 
@@ -138,28 +139,31 @@ def train(c: Config) -> Path:
     it cannot, OSError for what cannot be read or written."""
     stopping = distributed.StopSignal()
     try:
-        return train_until(stopping, c)
+        world = distributed.start(c.device, c.deterministic)
+        fresh, sums = runs.check_start(c, world)
+        source = runs.open_source(c, fresh)
+        if not fresh:
+            runs.check_set(c, source)
+        chunks_of(c, source.latent_shape[0])         # raises, before anything is loaded
+        weights = networks.find_weights(c)
+        runs.fit_to(source, weights.config, weights.student[1], c)
+        nets = networks.build(c, weights.config, world, weights.below)
+        networks.fill(nets, weights, c, world)
+        parts = networks.trainables(c, nets)
+        updates.draw_batch(c, source, world, 0, 0)   # raises, before anything is deleted
+        with runs.prepared(c, source, fresh, world):
+            return train_until(stopping, c, source, nets, parts, weights, sums, world)
     finally:
         stopping.restore()
 
 
-def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
-    world = distributed.start(c.device, c.deterministic)
+def train_until(stopping: distributed.StopSignal, c: Config, source, nets: dict, parts: dict,
+                weights: networks.Weights, sums: dict, world) -> Path:
+    """The updates of a stage whose folder is prepared, until the last one or a signal."""
     stage, say = runs.stage_folder(c), tqdm.write if world.is_main else lambda text: None
-    fresh, sums = runs.check_start(c, world)
-    source = runs.open_source(c, fresh)
-    chunks_of(c, source.latent_shape[0])             # raises, before anything is loaded
-    weights = networks.find_weights(c)
-    runs.fit_to(source, weights.config, weights.student[1], c)
-    nets = networks.build(c, weights.config, world, weights.below)
-    networks.fill(nets, weights, c, world)
-    parts = networks.trainables(c, nets)
-
-    # Everything is in order: the folder, and what is saved in it.
-    runs.prepare(c, source, fresh, world)
     counters = checkpoint.load_checkpoint(stage, parts, world, say)
     first, skipped = counters.get("step", 0), counters.get("skipped", 0)
-    if first >= c.steps and distributed.on_main((stage / "model.safetensors").exists, world):
+    if first >= c.steps and distributed.on_main(lambda: checkpoint.has_model(stage), world):
         say(f"stage {c.stage} is finished in {stage} ({first} updates); --steps {2 * first} would "
             "go on, --fresh train it anew")
         return stage
@@ -180,9 +184,10 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
         bad = not all(map(math.isfinite, norms.values()))
         skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
         if in_a_row >= c.max_skips:
+            saved = checkpoint.checkpoints(stage)
+            kept = f"{saved[-1]} is kept" if saved else "No checkpoint was saved before"
             raise SystemExit(f"stopped at update {step}: {in_a_row} non-finite gradients in a row "
-                             f"({norms}). The last checkpoint is kept in {stage}; try a lower "
-                             "--lr, then run the same command again")
+                             f"({norms}). {kept}; run the same command again with a lower --lr")
         stop = stopping.on_any_rank(world)
         save = (step + 1) % c.save_every == 0 or step + 1 == c.steps or stop
         if (step + 1) % c.log_every == 0 or save:    # a resume starts with empty sums
@@ -204,6 +209,10 @@ def train_until(stopping: distributed.StopSignal, c: Config) -> Path:
                 f"    {command(c.stage, c.causal, c.run_dir)}")
             return stage
     bar.close()
+    if 2 * skipped > c.steps:
+        raise SystemExit(f"stage {c.stage} has failed: {skipped} of its {c.steps} updates were "
+                         f"skipped for a non-finite gradient, see {stage / 'log.jsonl'}. Train it "
+                         "anew with --fresh and a lower --lr, or other --data")
     save_stage(c, stage, parts["student"].ema, weights, world)
     say(f"stage {c.stage}: finished, {stage / 'model.safetensors'}")
     return stage
@@ -217,7 +226,7 @@ def save_stage(c: Config, stage: Path, ema: dict, weights: networks.Weights, wor
         inside = base.is_relative_to(Path(c.run_dir).absolute())
         adapter = {"rank": c.lora_rank, "alpha": c.lora_alpha,
                    "base": os.path.relpath(base, stage) if inside else str(base),
-                   "base_sha256": runs.fingerprint(base) if world.is_main else "",
+                   "base_sha256": wan.fingerprint(base) if world.is_main else "",
                    "targets": [*lora.TARGETS, *lora.REPLACED]}
     checkpoint.save_model(stage, ema, weights.config, world.is_main, adapter)
     distributed.barrier(world)

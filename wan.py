@@ -10,8 +10,10 @@ Read: safetensors (one file, or shards with an index) and .pt / .pth with tensor
 (weights_only=True: no code in a file is ever run), in the layout of Diffusers or Wan's own, bare or
 under an entry such as `generator_ema`.
 """
+import hashlib
 import json
 import shutil
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -20,12 +22,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import checkpoint
 import cli
 import lora
 from checkpoint import Tensors
+from config import record_of
 from model import FlowMapDiT, ModelConfig, compressed_patch_embed
 
 # Every module by name: ours, Diffusers', Wan's own ('' where a layout has no such tensor).
@@ -88,6 +90,11 @@ def their_name(name: str, layout: str) -> str:
     raise AssertionError(f"no row for {name}")
 
 
+# What torch.load and safetensors raise for bytes that are no weights.
+UNREADABLE = (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, LookupError,
+              ValueError, TypeError, struct.error)
+
+
 def open_tensors(path: Path) -> tuple[Tensors, dict]:
     """The tensors of a file or folder under the names they have there, and their shapes. Raises
     ValueError for what cannot be read."""
@@ -98,9 +105,9 @@ def open_tensors(path: Path) -> tuple[Tensors, dict]:
                 open_safetensors(file, readers, shapes)
             else:
                 open_pickle(file, readers, shapes)
-        except (SafetensorError, RuntimeError, OSError, EOFError, AttributeError) as error:
-            raise ValueError(f"{file}: truncated, or not a file of weights "
-                             f"({str(error).splitlines()[0]})") from None
+        except UNREADABLE as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{file}: truncated, or not a file of weights ({reason})") from None
         except Exception as error:           # the unpickler's own, which torch has by name only
             if type(error).__name__ != "UnpicklingError":
                 raise
@@ -130,7 +137,7 @@ def open_pickle(file: Path, readers: dict, shapes: dict) -> None:
     while (entry := next((e for e in ENTRIES if isinstance(found.get(e), dict)), None)):
         found = found[entry]
     for name, tensor in found.items():
-        if isinstance(tensor, torch.Tensor):
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
             readers[name] = lambda tensor=tensor: tensor
             shapes[name] = tuple(tensor.shape)
 
@@ -147,7 +154,10 @@ def weight_files(path: Path) -> list[Path]:
                          f"(Wan2.2-A14B), which must work together: not supported. One alone is "
                          f"{path / 'transformer'}")
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = cli.read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise ValueError(f"{index}: has no weight_map of tensors to files")
+        names = sorted(set(names.values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise ValueError(f"{index} names {len(names)} files, of which {', '.join(missing)} are "
@@ -162,17 +172,42 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
+def fingerprint(place) -> str:
+    """Of a finished stage its checksum; ValueError if it is damaged. Of other weights, which may be
+    tens of GB, the SHA-256 of their sizes and of sixteen pieces of each file."""
+    if (Path(place) / "model.safetensors").exists():
+        checkpoint.load_model(place)
+        return checkpoint.recorded_sum(Path(place) / "model.safetensors")
+    found = hashlib.sha256()
+    for file in weight_files(Path(place)):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            for piece in range(16):
+                opened.seek(piece * size // 16)
+                found.update(opened.read(2**16))
+    return found.hexdigest()
+
+
 def read_config(path: Path) -> dict:
-    """config.json beside the weights, or {}."""
+    """config.json beside the weights, or {}. Raises ValueError for values that cannot be."""
     path = Path(path)
     inner = path / "transformer"
     folder = path.parent if path.is_file() else inner if inner.is_dir() else path
-    return read_json(folder / "config.json")
+    found = read_json(folder / "config.json")
+    numbers = {name: [found[name]] for name in NUMBERS if found.get(name) is not None}
+    for name, values in (numbers | {"chunk_partition": found.get("chunk_partition") or []}).items():
+        if not isinstance(values, list) or not all(type(n) is int and n >= 0 for n in values):
+            raise ValueError(f"{folder / 'config.json'}: {name} is {found[name]!r}")
+    return found
+
+
+NUMBERS = ("num_attention_heads", "num_heads", "full_chunk_limit")       # in config.json
 
 
 def read_json(file: Path) -> dict:
     """What is in a file, {} where there is none."""
-    return json.loads(file.read_text()) if file.exists() else {}
+    return cli.read_json(file) if file.exists() else {}
 
 
 def read_record(path, config: ModelConfig, frames: int = 21, chunks=None) -> dict:
@@ -225,6 +260,9 @@ def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
     if not places:
         raise ValueError(f"{path} adapts the weights {adapter['base']}, which are not there: give "
                          f"their folder with --base")
+    if adapter.get("base_sha256", "") not in ("", fingerprint(places[0])):
+        raise ValueError(f"{path} adapts other weights than {places[0]} holds now: put those there "
+                         f"again, or train the stage anew with --fresh")
     adapter["tensors"] = tensors
     below, state, first = load_apart(places[0])
     _, state = as_asked(below, state, config.second_time, config.compressed)
@@ -273,9 +311,13 @@ def load_foreign(path) -> tuple[ModelConfig, Tensors]:
                          f"{some} ...)")
     layout = marks[0]
     shapes = {name: shape for name, shape in shapes.items() if UNUSED not in name}
-    config = config_of(path, shapes, layout, record)
-    with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in FlowMapDiT(config).named_parameters()}
+    try:
+        config = config_of(path, shapes, layout, record)
+        with torch.device("meta"):
+            expected = {name: tuple(p.shape) for name, p in FlowMapDiT(config).named_parameters()}
+    except (IndexError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: the shapes of its tensors, with its config.json, fit no network "
+                         f"of Wan's kind ({error})") from None
     theirs = {name: their_name(name, layout) for name in expected}
     for name, other in theirs.items():
         if other not in shapes:
@@ -376,7 +418,7 @@ def export(stage, to, base=None, copy: bool = False) -> Path:
     stage, to = Path(stage), Path(to)
     if (stage / "model.safetensors").exists() or not stage.exists():
         config, state = load(stage, base=base)
-        record = json.loads((stage / "config.json").read_text())
+        record = record_of(stage, "chunks", "shift")
     else:
         config, state = load(stage, second_time=True)
         record = read_record(stage, config)
@@ -424,7 +466,7 @@ def write_pipeline(folder: Path, config: dict, state: Tensors, shift: float, bas
     index = {"_class_name": "AnyFlowFARPipeline" if "FAR" in kind else "AnyFlowPipeline",
              "transformer": ["diffusers", kind],
              "scheduler": ["diffusers", "FlowMapEulerDiscreteScheduler"]}
-    parts = json.loads((Path(base) / "model_index.json").read_text()) if base else {}
+    parts = cli.read_json(Path(base) / "model_index.json") if base else {}
     for name in PARTS:
         index[name] = parts.get(name, [None, None])
         if base and copy:
@@ -472,10 +514,9 @@ def export_adapter(stage, to) -> Path:
             state[f"transformer.{path}.lora_A.weight"] = tensor
         else:
             state[f"transformer.{path}.lora_B.weight"] = tensor * scale
-    to.parent.mkdir(parents=True, exist_ok=True)
-    aside = to.with_suffix(".partial")
-    save_file(state, aside, metadata={"format": "pt"})
-    return aside.rename(to)
+    with cli.written_aside(to) as aside:
+        checkpoint.write_tensors(aside, checkpoint.as_they_are(state), {"format": "pt"})
+    return to
 
 
 def show(path: Path) -> None:
@@ -503,15 +544,12 @@ def main(argv=None) -> None:
     args = parser.parse(argv)
     if args.what == "export" and not args.to:
         parser.error("export needs --to DIR")
-    try:
-        if args.what == "show":
-            show(args.path)
-        elif args.to.suffix == ".safetensors":
-            print(export_adapter(args.path, args.to))
-        else:
-            print(export(args.path, args.to, args.base, args.copy))
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+    if args.what == "show":
+        show(args.path)
+    elif args.to.suffix == ".safetensors":
+        print(export_adapter(args.path, args.to))
+    else:
+        print(export(args.path, args.to, args.base, args.copy))
 
 
 if __name__ == "__main__":

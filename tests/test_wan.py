@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoint
+import cli
 import wan
 from cache import Context
 from distributed import generator
@@ -309,5 +310,5 @@ def test_command_line(heads, capsys):
                            (["exprot", "x"], "did you mean export"),
                            (["export", "nowhere", "--to", "x"], "is not there")):
         with pytest.raises(SystemExit) as error:
-            wan.main(flags)
+            cli.run(lambda: wan.main(flags))         # noqa: B023
         assert error.value.code == 2 and message in capsys.readouterr().err

@@ -41,21 +41,25 @@ DERIVATIVES = {"finite-difference": finite_difference, "jvp": exact_derivative}
 
 def meanflow_error(network, x, n, t, r, context, null_context, dropped,
                    guidance: float = 3.0, epsilon: float = 0.005,
-                   derivative: str = "finite-difference", flow_rows: int = 0):
+                   derivative: str = "finite-difference", flow_rows: int = 0,
+                   guided_rows=slice(None)):
     """err (B,) of the forward loss, with gradient through u_c only.
 
     context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose
     prompt is the empty one; their u_c and u_0 are one output, trained towards the plain velocity.
+    guided_rows: numbers of rows, all that are not dropped at least; null_context is of these, and
+    None where there are none.
     guidance: w, the classifier-free guidance scale (1 = none, which also saves the u_0 pass).
-    flow_rows: how many rows, the first ones, need no derivative: there r = t, which multiplies it by
-    zero. A number, since asking the tensors would make the host wait for a GPU.
+    flow_rows: how many rows, the first ones, need no derivative: r = t multiplies it by zero. A
+    number, since asking the tensors would make the host wait for a GPU.
     """
     z_t, v = interpolate(x, n, t), n - x
     w = torch.where(dropped, 1.0, guidance).to(t)                           # (B,)
     F = network(z_t, t, r, context)
-    if guidance != 1:
+    if guidance != 1 and null_context is not None:
+        rows, u_0 = guided_rows, torch.zeros_like(v)
         with torch.no_grad():
-            u_0 = network(z_t, t, r, null_context)
+            u_0[rows] = network(z_t[rows], t[rows], r[rows], null_context)
         F = (F - expand(1 - w, F) * u_0) / expand(w, F)
 
     target = v

@@ -281,7 +281,7 @@ class Block(nn.Module):
         """x (B, F, S, D) -> (x, keys and values of its tokens).
 
         modulation (B, F or 1, 6, D) in fp32; text (B, T, D) with image (B, I, D) or None, or what
-        `encode_prompt` made of them; rope (L', K / 2, 2); cache: keys and values of each chunk before.
+        `encode_prompt` made of them; rope (L', K / 2, 2); cache: keys and values of chunks before.
         """
         arguments = (x, modulation, text, image, rope, spans, cache, adapter)
         if self.checkpointing and torch.is_grad_enabled():

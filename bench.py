@@ -4,6 +4,8 @@
     python bench.py plan --preset wan-14b --gpus 8
                              memory a GPU and traffic an update, simulated (plan.py)
     python bench.py check    the simulation against the measured memory of small networks
+    python bench.py flops --preset wan-1.3b
+                             arithmetic of an update, of what it needs, and of others (flops.py)
 
 `write`: attention of a compressed chunk to all compressed chunks before it grows with the video;
 --window bounds it.
@@ -21,6 +23,7 @@ from tqdm import tqdm, trange
 
 import cli
 import distributed
+import flops
 import plan
 from cache import Context, append_chunk
 from config import STAGES, Config, chunks_of, recipe
@@ -47,9 +50,9 @@ def write_cost(config: ModelConfig, size, frames: int, full_chunks: int, window:
     text = torch.randn(1, 16, config.text_dim, generator=g).to(device)
     context, costs = Context(net.encode_prompt(text)), []
     for _ in trange(chunks, desc="write", unit="chunk"):
-        with FlopCounterMode(display=False) as flops:
+        with FlopCounterMode(display=False) as counter:
             append_chunk(net, context, z, full_chunks, window)
-        counts = flops.get_flop_counts()["Global"].items()
+        counts = counter.get_flop_counts()["Global"].items()
         dense = sum(count for op, count in counts if "attention" not in str(op))
         synchronise(z.device)                        # what was queued before is not timed
         started = time.perf_counter()
@@ -63,7 +66,8 @@ def name_of(case: plan.Case) -> str:
     c = case.c
     kind = "causal" if c.causal else "bidirectional"
     trains = f"adapters, rank {c.lora_rank}" if c.lora_rank else "all weights"
-    return f"{c.stage} | {kind} | {trains} | {'yes' if c.checkpointing else 'no'}"
+    blocks = {0: "no", 1: "yes"}.get(c.checkpointing, f"1 in {c.checkpointing}")
+    return f"{c.stage} | {kind} | {trains} | {blocks}"
 
 
 def case_of(args, stage: str, checkpointing: bool, parser) -> plan.Case:
@@ -91,7 +95,7 @@ def case_of(args, stage: str, checkpointing: bool, parser) -> plan.Case:
 
 def plan_main(args, parser) -> None:
     stages = STAGES[args.causal:] if args.stage == "all" else [args.stage]     # one teacher
-    kinds = (True, False) if args.checkpointing is None else [args.checkpointing]
+    kinds = (1, 0) if args.checkpointing is None else [args.checkpointing]
     cases = [case_of(args, stage, on, parser) for stage, on in product(stages, kinds)]
     print(f"{args.preset}, latents {' x '.join(map(str, cases[0].shape))}, {args.gpus} GPUs, a "
           f"clip each, {args.micro_steps} micro-batches an update. GB a GPU and update; "
@@ -105,6 +109,22 @@ def plan_main(args, parser) -> None:
         tqdm.write(f"| {name_of(case)} | {figures} | {fits} |")
     print("\nfits: with a tenth more for what is not a tensor: CUDA's context, NCCL's buffers, "
           "fragmentation")
+
+
+def flops_main(args, parser) -> None:
+    print(f"{args.preset}: TFLOP a clip and update; released / done: outside recomputation\n")
+    print(f"| stage | network | trains | checkpointing | | {' | '.join(flops.PARTS)} | all but "
+          f"recomputation |\n|{'---|' * (len(flops.PARTS) + 6)}")
+    for stage in STAGES[args.causal:] if args.stage == "all" else [args.stage]:
+        on = 1 if args.checkpointing is None else args.checkpointing
+        case, totals = case_of(args, stage, on, parser), []
+        counts = flops.arithmetic(case)
+        for name, found in zip(("done", "needed", "released"), counts):
+            totals.append(sum(found.values()) - found["recomputation"])
+            figures = " | ".join(f"{found[part] / 1e12:.1f}" for part in flops.PARTS)
+            print(f"| {name_of(case)} | {name} | {figures} | {totals[-1] / 1e12:.1f} |")
+        print(f"{stage}: done / needed {totals[0] / totals[1]:.3f}, released / done "
+              f"{totals[2] / totals[0]:.2f}", flush=True)
 
 
 def check_main(args, parser) -> None:
@@ -145,9 +165,9 @@ def parse_args(argv=None):
     parser = cli.Parser("Measure speed, plan memory.",
                         "python bench.py plan --preset wan-14b --causal --gpus 8")
     add = parser.add_argument
-    add("what", type=cli.choice(("write", "plan", "check")),
+    add("what", type=cli.choice(("write", "plan", "check", "flops")),
         help="write: cost of appending a chunk; plan: memory and traffic of training, simulated; "
-        "check: the simulation against measurement")
+        "check: the simulation against measurement; flops: arithmetic of training")
     add("--preset", type=cli.choice(tuple(SIZES)), default="toy", metavar="NAME",
         help="size of the network (default toy)")
     add("--chunk-frames", type=int, default=3, help="write: latent frames of a chunk (default 3)")
@@ -166,8 +186,9 @@ def parse_args(argv=None):
     add("--causal", action="store_true", help="plan: the chunk-by-chunk network (default off)")
     add("--lora-rank", type=int,
         help="plan: rank of the adapters, 0 for all weights (default: the recipe's)")
-    add("--checkpointing", action=cli.argparse.BooleanOptionalAction,
-        help="plan: only with or without (default both)")
+    add("--checkpointing", type=int, nargs="?", const=1, metavar="N",
+        help="plan, flops: activation checkpointing, of every Nth block (alone: of every one); "
+        "plan: 0 is none (default both, and flops: of every one)")
     add("--micro-steps", type=int, default=2,
         help="plan: micro-batches an update; more than 2 take what 2 take (default 2)")
     add("--frames", type=int, default=81, help="plan: pixel frames (default 81)")
@@ -193,7 +214,8 @@ def main(argv=None) -> None:
         if os.environ["RANK"] == "0":
             print(f"measured {found}")
         distributed.stop()
-    {"write": write_main, "plan": plan_main, "check": check_main}[args.what](args, parser)
+    mains = {"write": write_main, "plan": plan_main, "check": check_main, "flops": flops_main}
+    mains[args.what](args, parser)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,9 @@ class Config:
                       "node, with a copy a node: less traffic between nodes, more memory",
                       choices=("all", "node"))
     compile: bool = flag(False, "torch.compile each block: faster on GPUs, after minutes")
-    checkpointing: bool = flag(False, "keep no activations inside a block, compute them again: "
-                               "less memory, a third more time")
+    checkpointing: int = flag(0, "keep no activations inside a block, compute them again: less "
+                              "memory, a third more time. A number N: only of every Nth block; 0, "
+                              "or --no-checkpointing: of none", alone=1)
     deterministic: bool = flag(False, "GPUs: only algorithms that give the same bits each time, "
                                "so that a resumed run does; slower")
     # --- optimisation
@@ -123,7 +124,7 @@ CHANGEABLE = ("steps", "run_dir", "micro_batch", "device", "checkpointing", "sha
               "deterministic", "fresh", "save_every", "log_every", "max_skips")
 
 # The released recipe, for Wan2.1.
-COMMON = dict(bf16=True, checkpointing=True, lora_rank=256, micro_batch=1, save_every=20,
+COMMON = dict(bf16=True, checkpointing=1, lora_rank=256, micro_batch=1, save_every=20,
               guidance=3.0)
 FORWARD = dict(COMMON, steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000)
 WAN = {
@@ -243,7 +244,7 @@ def taken_over(run: Path, stage: str, causal: bool, fresh: bool) -> dict:
 
 AT_LEAST_1 = ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips")
 AT_LEAST_0 = ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup", "cotrain",
-              "weight_decay")
+              "weight_decay", "checkpointing")
 ABOVE_0 = ("lr", "shift", "guidance", "real_guidance", "epsilon", "clip", "fake_lr")
 FRACTIONS = ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction",
              "consistency_fraction", "bidirectional_fraction")

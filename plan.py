@@ -213,15 +213,18 @@ def with_peak(found: dict) -> dict:
 
 
 def memory_by_layers(case: Case) -> dict:
-    """`memory` of a deep network, from those of 2 and of 3 layers: every further block adds the
-    same, to the peak of each part too; which part has the highest peak may change."""
-    layers = case.config.layers
-    if layers <= 3:
+    """`memory` of a deep network, from those of 2 and of 3 layers (times N with checkpointing of
+    every Nth): every further one adds the same, to the peak of each part too. Which part has the
+    highest peak may change."""
+    unit = max(1, int(case.c.checkpointing))
+    steps = case.config.layers / unit - 2
+    if steps <= 1:
         return memory(case)
-    two, three = (simulate(replace(case, config=replace(case.config, layers=n))) for n in (2, 3))
+    two, three = (simulate(replace(case, config=replace(case.config, layers=n * unit)))
+                  for n in (2, 3))
 
     def deep(few, more):
-        return few + (layers - 2) * (more - few)
+        return few + steps * (more - few)
     peaks = [deep(*pair) for pair in zip(two.pop("peaks"), three.pop("peaks"), strict=True)]
     return with_peak({name: deep(two[name], three[name]) for name in two} | {"peaks": peaks})
 

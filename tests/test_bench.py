@@ -12,6 +12,8 @@ import torch
 
 import bench
 import distributed
+import flops
+import meanflow
 import plan
 import train
 import updates
@@ -115,6 +117,43 @@ def test_predicted_is_measured():
     assert int(run.stdout.split("measured")[1].split()[0]) == pytest.approx(predicted, rel=0.15)
 
 
+# --- arithmetic
+
+def test_arithmetic_of_a_forward_pass_is_its_closed_form():
+    case = case_of(ALONE, stage="pretrain")
+    c, (F, C, H, W), T = replace(case.config, layers=7), case.shape, case.tokens
+    D, L = c.dim, F * H * W                                      # patches of one
+    block = 2 * L * (6 * D**2 + 2 * D * c.ffn_dim) + 4 * T * D**2 + 4 * L * (L + T) * D
+    rest = 4 * L * C * D + 2 * T * (c.text_dim + D) * D + 2 * (c.freq_dim + D + 6 * D) * D
+    done, needed, _ = flops.arithmetic(replace(case, config=c))
+    assert done["student forward"] == needed["student forward"] == 7 * block + rest
+    # Of the first products (patches, text, times) nobody asks the gradient of what they get.
+    first = 2 * L * C * D + 2 * T * c.text_dim * D + 2 * c.freq_dim * D
+    assert done["student backward"] == 2 * done["student forward"] - first
+
+
+@pytest.mark.parametrize("stage, causal, rank", [
+    ("flowmap", False, 2), ("flowmap", True, 0), ("distill", False, 0), ("distill", True, 2)])
+def test_nothing_is_done_that_is_not_needed(stage, causal, rank, monkeypatch):
+    """Outside of recomputation; and the derivative of every row, say, would be noticed."""
+    case = case_of(ALONE, stage=stage, causal=causal, lora_rank=rank, checkpointing=1)
+    done, (needed, released) = flops.done(case), flops.expected(case)
+    assert done.pop("recomputation") > 0
+    assert dict(done) == pytest.approx({part: needed[part] for part in done}, rel=1e-6)
+    assert sum(released.values()) > 1.15 * sum(done.values())
+    error = meanflow.meanflow_error
+    monkeypatch.setattr(meanflow, "meanflow_error", lambda *args: error(*args[:11], 0, *args[12:]))
+    assert flops.done(case)["derivative"] == 2 * flops.CLIPS * done["derivative"]
+
+
+def test_checkpointing_of_every_second_block_computes_half_of_them_again():
+    case = replace(case_of(ALONE, stage="pretrain"), config=replace(SMALLEST, layers=4))
+    found = [flops.arithmetic(case_of(case, checkpointing=n))[0] for n in (0, 1, 2)]
+    none, every, half = (count["recomputation"] for count in found)
+    assert none == 0 and half == every / 2 > 0
+    assert found[0]["student backward"] == found[1]["student backward"]
+
+
 # --- what is planned is what is trained
 
 @pytest.fixture
@@ -213,6 +252,8 @@ def test_command_line(capsys):
     bench.main("plan --preset tiny --gpus 1 --stage flowmap --causal --micro-steps 1 "
                "--checkpointing".split())
     assert "| flowmap | causal | all weights | yes |" in capsys.readouterr().out
+    bench.main("flops --preset tiny --stage flowmap --checkpointing 2".split())
+    assert "flowmap: done / needed 1.000, released / done 1." in capsys.readouterr().out
     wan = "--preset wan-14b --frames"
     for flags, message in ((f"{wan} 80", "4 n + 1"), ("--gpus 0", "at least 1"),
                            (f"{wan} 41 --causal", "are for 81 frames"),

@@ -6,10 +6,14 @@
     python bench.py check    the simulation against the measured memory of small networks
     python bench.py flops --preset wan-1.3b
                              arithmetic of an update, of what it needs, and of others (flops.py)
+    python bench.py gpu      what a GPU makes of it: seconds, share of its peak, memory (speed.py)
+    python bench.py peers    against Diffusers' networks of the same weights
+    python bench.py costs    what an update of each kind costs beside a plainer one
 
 `write`: attention of a compressed chunk to all compressed chunks before it grows with the video;
 --window bounds it.
 """
+import json
 import os
 import subprocess
 import sys
@@ -25,19 +29,16 @@ import cli
 import distributed
 import flops
 import plan
+import speed
 from cache import Context, append_chunk
 from config import STAGES, Config, chunks_of, recipe
 from model import PRESETS, FlowMapDiT, ModelConfig
+from speed import synchronise
 
 # Height and width of the latents.
 SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52),
          "wan-14b": (60, 104)}
 GB = 1e9
-
-
-def synchronise(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def write_cost(config: ModelConfig, size, frames: int, full_chunks: int, window: int, chunks: int,
@@ -146,6 +147,62 @@ def check_main(args, parser) -> None:
     print(f"furthest off: {100 * worst:.1f} %")
 
 
+# Seconds and shares that others publish, for the column beside one's own.
+PUBLIC = """Published: Wan 14B training under FSDP alone, 18 % of peak on 8 H100, 23 % on 64; with
+tensor and context parallelism 33 % on 128. Wan 1.3B: 1.04 s a guided step on an H100. Streaming:
+35 frames a second with a small decoder on an H100; LongLive 20.7."""
+
+
+def gpu_main(args, parser) -> None:
+    world = distributed.start(args.device)
+    cuda = world.device.type == "cuda"
+    if cuda and not args.preset.startswith("wan"):
+        args.preset = "wan-1.3b"
+    args.gpus = args.micro_steps = 1
+    cases = []
+    for args.causal in (False, True):
+        cases += [case_of(args, stage, 1, parser) for stage in STAGES[args.causal:]]
+    others = [(args.preset, cases[0].config, cases[0].shape)]
+    if args.preset == "wan-1.3b":
+        others.append(("wan-14b", PRESETS["wan-14b"], cases[0].shape))
+    rows = speed.gpu(cases, others, world, (False, True) if cuda else (False,))
+    torch.distributed.destroy_process_group()
+    for name, case in zip([row for row in rows if "peak" in row], cases):
+        name["planned"] = plan.memory_by_layers(case)["peak"]
+    device = torch.cuda.get_device_name() if cuda else "CPU"
+    print(f"{device}, torch {torch.__version__}; memory in GB\n\n"
+          "| | seconds | TFLOP | of the product | peak | planned |\n|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [f"{row['seconds']:.3f} | {row['tflop']:.1f} | {row['utilisation']:.3f}"
+                 if "seconds" in row else
+                 "; ".join(f"{name}: {value:.3f}" for name, value in row.items() if name != "what")]
+        cells += [f"{row[name] / GB:.1f}" for name in ("peak", "planned") if name in row]
+        print(f"| {row['what']} | {' | '.join(cells)} |")
+    print(f"\n{PUBLIC}\n\n{json.dumps({'device': device, 'rows': rows})}")
+
+
+def peers_main(args, parser) -> None:
+    try:
+        import diffusers
+    except ImportError:
+        parser.error("peers needs Diffusers: pip install -r requirements-wan.txt")
+    torch.set_grad_enabled(True)
+    sides = args.height // 8, args.width // 8
+    wide = replace(PRESETS["wan-1.3b"], layers=1)
+    print(f"Diffusers {diffusers.__version__}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads", flush=True)
+    for what, ratio in speed.peers(wide, sides, (8, 32), args.repeats):
+        print(f"{ratio:6.2f} x  {what}", flush=True)
+
+
+def costs_main(args, parser) -> None:
+    world = distributed.start(args.device)
+    config, channels = PRESETS[args.preset], PRESETS[args.preset].channels
+    shape = (4, channels, *SIZES[args.preset])
+    for what, ratio in speed.costs(config, shape, args.preset, args.repeats, world):
+        print(f"{ratio:6.2f} x  {what}", flush=True)
+
+
 def write_main(args, parser) -> None:
     world = distributed.start(args.device)
     config = replace(PRESETS[args.preset], compressed=args.full_chunks > 0)
@@ -165,9 +222,10 @@ def parse_args(argv=None):
     parser = cli.Parser("Measure speed, plan memory.",
                         "python bench.py plan --preset wan-14b --causal --gpus 8")
     add = parser.add_argument
-    add("what", type=cli.choice(("write", "plan", "check", "flops")),
+    add("what", type=cli.choice(tuple(WHAT)),
         help="write: cost of appending a chunk; plan: memory and traffic of training, simulated; "
-        "check: the simulation against measurement; flops: arithmetic of training")
+        "check: the simulation against measurement; flops: arithmetic of training; peers: against "
+        "Diffusers' networks; costs: of updates, as ratios; gpu: what this machine's GPU does")
     add("--preset", type=cli.choice(tuple(SIZES)), default="toy", metavar="NAME",
         help="size of the network (default toy)")
     add("--chunk-frames", type=int, default=3, help="write: latent frames of a chunk (default 3)")
@@ -175,7 +233,7 @@ def parse_args(argv=None):
         help="write: full chunks, the newest included (default 3)")
     add("--window", type=int, default=0, help="write: past chunks that are kept (default 0: all)")
     add("--repeats", type=int, default=5,
-        help="write: runs; the fastest of each chunk counts (default 5)")
+        help="write, peers, costs: runs; write: the fastest of each chunk counts (default 5)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
         help="write: auto, cpu or cuda (default auto)")
     add("--gpus", type=int, default=8, help="plan: processes (default 8)")
@@ -214,8 +272,11 @@ def main(argv=None) -> None:
         if os.environ["RANK"] == "0":
             print(f"measured {found}")
         distributed.stop()
-    mains = {"write": write_main, "plan": plan_main, "check": check_main, "flops": flops_main}
-    mains[args.what](args, parser)
+    WHAT[args.what](args, parser)
+
+
+WHAT = {"write": write_main, "plan": plan_main, "check": check_main, "flops": flops_main,
+        "peers": peers_main, "costs": costs_main, "gpu": gpu_main}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import updates
 from cache import Context, teacher_forced
 from config import chunks_of
 from flowmap import conditioned
-from model import Block, rotary_table
+from model import Block, FlowMapDiT, ModelConfig, rotary_table
 
 CLIPS = 20                              # of a batch: makes whole numbers of all shares
 META = torch.device("meta")
@@ -96,17 +96,17 @@ def rows_of(value):
     return value.expand(CLIPS, *value.shape[1:]) if isinstance(value, torch.Tensor) else value
 
 
-def without_memory(case: plan.Case) -> tuple:
-    """(networks, settings) of a stage on one process that has no device."""
-    c = replace(case.c, batch_size=CLIPS, micro_batch=CLIPS, bf16=False)
+def without_memory(case: plan.Case, clips: int) -> tuple:
+    """(networks, settings, world) of a stage on one process that has no device."""
+    c = replace(case.c, batch_size=clips, micro_batch=clips, bf16=False, compile=False)
     world = distributed.World(0, 1, META)
     nets = networks.build(c, networks.student_config(c, case.config), world)
     return nets, c, world
 
 
-def done(case: plan.Case) -> Counter:
+def done(case: plan.Case, batch: updates.Batch) -> Counter:
     """Of train.update itself."""
-    nets, c, world = without_memory(case)
+    nets, c, world = without_memory(case, len(batch.x))
     parts, log = networks.trainables(c, nets), distributed.Sums(train.LOGGED[c.stage])
     flops = Flops()
 
@@ -123,7 +123,7 @@ def done(case: plan.Case) -> Counter:
             stack.enter_context(flops.labelled(owner, name, label))
         stack.enter_context(patch.object(train, "optimizer_step", no_step))
         stack.enter_context(flops)
-        train.update(c, nets, parts, iter([batch_of(case)]), 0, world, log)
+        train.update(c, nets, parts, iter([batch]), 0, world, log)
     return flops.found
 
 
@@ -145,7 +145,7 @@ def expected(case: plan.Case) -> tuple[Counter, Counter]:
     the noisy one in each of the four calls, and the whole past encoded again for each chunk; a
     second rollout, of the updated student, for the fake score.
     """
-    nets, c, _ = without_memory(replace(case, c=replace(case.c, checkpointing=False)))
+    nets, c, _ = without_memory(replace(case, c=replace(case.c, checkpointing=0)), CLIPS)
     batch, student = batch_of(case), nets["student"]
     needed, released = Counter(), Counter()
     guided, gap = len(batch.guided) / CLIPS, 1 - batch.roles[0] / CLIPS
@@ -198,12 +198,33 @@ def encoded_again(student, batch, c) -> int:
     return total
 
 
-def arithmetic(case: plan.Case) -> tuple[Counter, Counter, Counter]:
-    """FLOP a clip by part: (done, needed, released). From networks of 2 and of 3 times the blocks
-    in which checkpointing repeats: each further one adds the same."""
+def by_layers(case: plan.Case, counts) -> list[Counter]:
+    """counts(case), of a deep network, from networks of 2 and of 3 times the blocks in which
+    checkpointing repeats: every further one adds the same."""
     unit = max(1, int(case.c.checkpointing))
-    few, more = ([done(some), *expected(some)] for some in (
-        replace(case, config=replace(case.config, layers=n * unit)) for n in (2, 3)))
+    few, more = (counts(replace(case, config=replace(case.config, layers=n * unit)))
+                 for n in (2, 3))
     steps = case.config.layers / unit - 2
-    return tuple(Counter({part: (a[part] + steps * (b[part] - a[part])) / CLIPS for part in PARTS})
-                 for a, b in zip(few, more))
+    return [Counter({part: a[part] + steps * (b[part] - a[part]) for part in PARTS})
+            for a, b in zip(few, more)]
+
+
+def arithmetic(case: plan.Case) -> list[Counter]:
+    """FLOP a clip by part: [done, needed, released]."""
+    found = by_layers(case, lambda some: [done(some, batch_of(some)), *expected(some)])
+    return [Counter({part: count[part] / CLIPS for part in PARTS}) for count in found]
+
+
+def of_an_update(case: plan.Case) -> float:
+    """FLOP of the update that is planned and timed, but for recomputation."""
+    count, = by_layers(case, lambda some: [done(some, plan.constant_batch(some).to(META))])
+    return sum(count.values()) - count["recomputation"]
+
+
+def of_a_call(config: ModelConfig, shape, tokens: int = 512) -> tuple[int, int]:
+    """FLOP of a (forward, backward) pass over one clip (F, C, H, W), all weights trained."""
+    with META:
+        network, z, t = FlowMapDiT(config), torch.empty(1, *shape), torch.empty(1)
+        text = torch.empty(1, tokens, config.text_dim)
+    rotary_table.cache_clear()
+    return cost(lambda: network(z, t, t, text))[:2]

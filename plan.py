@@ -79,7 +79,7 @@ def build(case: Case, world, fake):
     nets = networks.build(case.c, networks.student_config(case.c, case.config), world)
     with fake():
         for module in networks.modules_of(nets):
-            module.to_empty(device="cpu")
+            module.to_empty(device=world.device)
             for p in module.parameters():
                 local(p).data.normal_(std=0.02)
         return nets, networks.trainables(case.c, nets)

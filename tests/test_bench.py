@@ -15,6 +15,7 @@ import distributed
 import flops
 import meanflow
 import plan
+import speed
 import train
 import updates
 from config import STAGES, Config, parse_config
@@ -137,13 +138,14 @@ def test_arithmetic_of_a_forward_pass_is_its_closed_form():
 def test_nothing_is_done_that_is_not_needed(stage, causal, rank, monkeypatch):
     """Outside of recomputation; and the derivative of every row, say, would be noticed."""
     case = case_of(ALONE, stage=stage, causal=causal, lora_rank=rank, checkpointing=1)
-    done, (needed, released) = flops.done(case), flops.expected(case)
+    done, (needed, released) = flops.done(case, flops.batch_of(case)), flops.expected(case)
     assert done.pop("recomputation") > 0
     assert dict(done) == pytest.approx({part: needed[part] for part in done}, rel=1e-6)
     assert sum(released.values()) > 1.15 * sum(done.values())
     error = meanflow.meanflow_error
     monkeypatch.setattr(meanflow, "meanflow_error", lambda *args: error(*args[:11], 0, *args[12:]))
-    assert flops.done(case)["derivative"] == 2 * flops.CLIPS * done["derivative"]
+    found = flops.done(case, flops.batch_of(case))["derivative"]
+    assert found == 2 * done["derivative"]
 
 
 def test_checkpointing_of_every_second_block_computes_half_of_them_again():
@@ -152,6 +154,29 @@ def test_checkpointing_of_every_second_block_computes_half_of_them_again():
     none, every, half = (count["recomputation"] for count in found)
     assert none == 0 and half == every / 2 > 0
     assert found[0]["student backward"] == found[1]["student backward"]
+
+
+# --- seconds
+
+def test_what_a_gpu_is_asked_runs_here():
+    cases = [case_of(ALONE, stage=stage, causal=causal)
+             for stage, causal in (("pretrain", False), ("flowmap", True))]
+    rows = speed.gpu(cases, [("tiny", SMALLEST, ALONE.shape)], WORLD, (False,))
+    product, forward, both, pretrain, flowmap, stream = rows
+    assert product["tflop a second"] > 0
+    for row in (forward, both, pretrain, flowmap):
+        assert row["seconds"] > 0 and 0 < row["utilisation"] < 1
+    assert 2 * forward["tflop"] < both["tflop"] < 3 * forward["tflop"] + 1e-12
+    assert both["tflop"] < flowmap["tflop"] and stream["frames a second"] > 0
+
+
+def test_costs_and_peers_are_ratios():
+    shape = (2, 48, 4, 4)
+    found = dict(speed.costs(SMALLEST, shape, "tiny", 1, WORLD))
+    assert len(found) == 6 and all(0.3 < ratio < 10 for ratio in found.values())
+    pytest.importorskip("diffusers", minversion="0.42")
+    what, ratio = next(speed.peers(SMALLEST, (4, 4), (2,), 1))
+    assert what.startswith("forward") and 0.3 < ratio < 10
 
 
 # --- what is planned is what is trained

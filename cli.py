@@ -54,10 +54,15 @@ class Parser(argparse.ArgumentParser):
             if kind is not bool:
                 options = {"type": choice(choices) if choices else kind, "least": -LARGEST,
                            "metavar": kind.__name__.upper()}      # config.check has the bounds
+            name = field.name.replace("_", "-")
+            if "alone" in field.metadata:            # a number that may be left out, and 0
+                options |= {"nargs": "?", "const": field.metadata["alone"]}
+                self.add_argument(f"--no-{name}", dest=field.name, action="store_const", const=0,
+                                  default=argparse.SUPPRESS, help=argparse.SUPPRESS)
             text = field.metadata["help"]
             if "(default" not in text:
                 text += f" ({default_text(field)})"
-            self.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+            self.add_argument(f"--{name}", default=argparse.SUPPRESS,
                               help=text.replace("%", "%%"), **options)
 
 

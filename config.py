@@ -53,8 +53,9 @@ class Config:
                       "node, with a copy a node: less traffic between nodes, more memory",
                       choices=("all", "node"))
     compile: bool = flag(False, "torch.compile each block: faster on GPUs, after minutes")
-    checkpointing: bool = flag(False, "keep no activations inside a block, compute them again: "
-                               "less memory, a third more time")
+    checkpointing: int = flag(0, "keep no activations inside a block, compute them again: less "
+                              "memory, a third more time. A number N: only of every Nth block; 0, "
+                              "or --no-checkpointing: of none", alone=1)
     deterministic: bool = flag(False, "GPUs: only algorithms that give the same bits each time, "
                                "so that a resumed run does; slower")
     # --- optimisation
@@ -126,7 +127,7 @@ CHANGEABLE = ("steps", "lr", "fake_lr", "run_dir", "micro_batch", "device", "che
               "shard", "compile", "deterministic", "fresh", "save_every", "log_every", "max_skips")
 
 # The released recipe, for Wan2.1.
-COMMON = dict(bf16=True, checkpointing=True, lora_rank=256, micro_batch=1, save_every=20,
+COMMON = dict(bf16=True, checkpointing=1, lora_rank=256, micro_batch=1, save_every=20,
               guidance=3.0)
 FORWARD = dict(COMMON, steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000)
 WAN = {
@@ -265,7 +266,7 @@ def record_of(stage, *needed: str) -> dict:
         wrong.append("vocabulary")
     for field in fields(Config):
         value, kind = settings.get(field.name, field.default), type(field.default)
-        fits = type(value) is kind or kind is float and type(value) is int
+        fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or kind is float and not math.isfinite(value):
             wrong.append(field.name)
     if wrong:
@@ -276,7 +277,7 @@ def record_of(stage, *needed: str) -> dict:
 
 AT_LEAST_1 = ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips")
 AT_LEAST_0 = ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup", "ema_start",
-              "cotrain", "weight_decay")
+              "cotrain", "weight_decay", "checkpointing")
 ABOVE_0 = ("lr", "shift", "guidance", "real_guidance", "epsilon", "clip", "fake_lr")
 FRACTIONS = ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction",
              "consistency_fraction", "bidirectional_fraction")

@@ -50,20 +50,23 @@ class Settings:
 
 
 def meanflow_error(network, x, n, t, r, context, null_context, dropped,
-                   settings: Settings, flow_rows: int = 0):
+                   settings: Settings, flow_rows: int = 0, guided_rows=slice(None)):
     """err (B,) of the forward loss, with gradient through u_c only.
 
     context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose
     prompt is the empty one; their u_c and u_0 are one output, trained towards the plain velocity.
-    flow_rows: how many rows, the first ones, need no derivative: r = t there multiplies it by zero.
-    A number, since asking the tensors would make the host wait for a GPU.
+    guided_rows: numbers of rows, all that are not dropped at least; null_context is of these, and
+    None where there are none.
+    flow_rows: how many rows, the first ones, need no derivative: r = t multiplies it by zero. A
+    number, since asking the tensors would make the host wait for a GPU.
     """
     z_t, v = interpolate(x, n, t), n - x
     w = torch.where(dropped, 1.0, settings.guidance).to(t)                  # (B,)
     F = network(z_t, t, r, context)
-    if settings.guidance != 1:
+    if settings.guidance != 1 and null_context is not None:
+        rows, u_0 = guided_rows, torch.zeros_like(v)
         with torch.no_grad():
-            u_0 = network(z_t, t, r, null_context)
+            u_0[rows] = network(z_t[rows], t[rows], r[rows], null_context)
         F = (F - expand(1 - w, F) * u_0) / expand(w, F)
 
     target = v

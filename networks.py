@@ -59,8 +59,8 @@ def lay_out(c: Config, config: ModelConfig, world, adapters=(), below=None) -> t
         if below:
             lora.add_adapter(network, lora.BELOW, below["rank"], below["alpha"], lora.REPLACED)
             lora.Adapted(network, lora.BELOW).requires_grad_(False)
-    for block in network.blocks:
-        block.checkpointing = c.checkpointing
+    for i, block in enumerate(network.blocks):
+        block.checkpointing = c.checkpointing > 0 and i % c.checkpointing == 0
         if c.compile:
             block.compile(dynamic=False)             # sizes are few, and symbolic ones fail
     return distributed.shard(network, world, c.bf16, c.shard)

@@ -40,6 +40,7 @@ class Batch:
     text: torch.Tensor           # prompts (B, T, text_dim)
     null_text: torch.Tensor      # empty prompts
     dropped: torch.Tensor        # (B,) bool: prompts that forward losses replace by the empty one
+    guided: torch.Tensor         # the other rows' numbers, for which alone u_0 is asked
     conditioning: dict           # of image-to-video networks, by names of cache.Context
     chunks: tuple
     start: int
@@ -91,18 +92,22 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     chunks, start = draw_chunks(c, shape[0], generator("chunks"))
     clips = (step * c.batch_size + slots).tolist()
     x, text, conditioning = source.draw(clips, seed=c.seed + stage * SEEDS_A_STAGE)
-    dropped = torch.rand(c.batch_size, generator=generator("drop"))[slots] < c.text_drop
+    dropped = torch.rand(c.batch_size, generator=generator("drop")) < c.text_drop
     if c.stage == "pretrain":
         t = flowmap.logit_normal_time(generator("time"), c.batch_size, c.shift)
         r = t
     else:
         t, r = flowmap.flow_map_times(generator("time"), c.batch_size, c.shift, c.flow_fraction,
                                       c.consistency_fraction)
-    first = int(slots[0]) - world.rank               # the slots of all ranks in this micro-step
-    gap = (r < t)[first:first + world.size * count]
+    first = int(slots[0]) - world.rank
+    everyone = slice(first, first + world.size * count)      # the slots of all ranks, this time
+    guided = (~dropped[slots]).nonzero()[:, 0]
+    if not len(guided) and not dropped[everyone].all():
+        guided = torch.zeros(1, dtype=torch.long)    # under FSDP all ranks make the same calls
+    conditioning = {name: conditioning[name] for name in source.conditioning}
     batch = Batch(x, noise("noise")[:, start:sum(chunks)], text, source.null_text.expand_as(text),
-                  dropped, {name: conditioning[name] for name in source.conditioning}, chunks,
-                  start, t[slots], r[slots], roles_of(t[slots], r[slots]), bool(gap.any()))
+                  dropped[slots], guided, conditioning, chunks, start, t[slots], r[slots],
+                  roles_of(t[slots], r[slots]), bool((r < t)[everyone].any()))
     if c.stage == "flowmap" and c.causal:
         if torch.rand((), generator=generator("whole coin")) < c.bidirectional_fraction:
             whole_t = flowmap.logit_normal_time(generator("whole"), c.batch_size, c.shift)
@@ -173,20 +178,22 @@ def flow_matching_error(network, batch: Batch, c: Config) -> torch.Tensor:
 
 def flow_map_error(student, batch: Batch, c: Config) -> torch.Tensor:
     """Stage flowmap, and distill's co-training: the forward error (B,), before the balance."""
-    with torch.no_grad():
-        null = clean_past(student, batch, batch.null_text, c) if c.guidance != 1 else None
+    null = None
+    if c.guidance != 1 and len(batch.guided):
+        with torch.no_grad():
+            null = clean_past(student, batch, batch.null_text, c, batch.guided)
     kept = clean_past(student, batch, kept_text(batch), c)
     x = batch.x[:, batch.start:sum(batch.chunks)]
     # Under FSDP all ranks make the same calls: where another one has a row with r < t and this one
     # has none, it differentiates its last row, which changes nothing.
     flow_rows = min(batch.roles[0], len(x) - batch.some_gap)
     return meanflow.meanflow_error(student, x, batch.n, batch.t, batch.r, kept, null,
-                                   batch.dropped, c.forward_loss, flow_rows)
+                                   batch.dropped, c.forward_loss, flow_rows, batch.guided)
 
 
-def clean_past(student, batch: Batch, text, c: Config) -> Context:
-    """The prompt, and the data's clean chunks that each trained chunk sees."""
-    x, given = batch.x[:, :sum(batch.chunks)], Context(text, **batch.conditioning)
+def clean_past(student, batch: Batch, text, c: Config, rows=slice(None)) -> Context:
+    """The prompt, and the data's clean chunks that each trained chunk sees; of some rows."""
+    x, given = batch.x[rows, :sum(batch.chunks)], Context(text, **batch.conditioning)[rows]
     return teacher_forced(student, x, given, batch.chunks, c.full_chunks)
 
 
@@ -194,10 +201,12 @@ def whole_clip_error(student, batch: Batch, c: Config) -> torch.Tensor:
     """Causal flowmap, some updates: guided flow matching (B,) on the clip as one chunk, so that the
     network stays able to see all of it."""
     kept = Context(kept_text(batch), **batch.conditioning)
-    null = Context(batch.null_text, **batch.conditioning)
+    null = None
+    if len(batch.guided):
+        null = Context(batch.null_text, **batch.conditioning)[batch.guided]
     return meanflow.meanflow_error(student, batch.x, batch.whole_noise, batch.whole_t,
                                    batch.whole_t, kept, null, batch.dropped, c.forward_loss,
-                                   flow_rows=len(batch.x))
+                                   flow_rows=len(batch.x), guided_rows=batch.guided)
 
 
 def roll_out(student, batch: Batch, rollout: Rollout, c: Config, graph: str = "", made=None):

@@ -12,6 +12,10 @@ import torch
 
 import bench
 import distributed
+import flops
+import meanflow
+import plan
+import speed
 import train
 import updates
 from config import STAGES, Config, parse_config
@@ -20,7 +24,7 @@ from test_updates import WORLD, Source
 
 PRETRAIN = Config(stage="pretrain", preset="tiny", full_chunks=2, budgets="4")
 SMALLEST = replace(PRESETS["tiny"], layers=1)         # a plan takes a second a block
-TINY = bench.Case(PRETRAIN, SMALLEST, (3, 48, 4, 4), gpus=2, tokens=8)
+TINY = plan.Case(PRETRAIN, SMALLEST, (3, 48, 4, 4), gpus=2, tokens=8)
 ALONE = replace(TINY, gpus=1)
 
 
@@ -28,7 +32,7 @@ class Clips(Source):
     latent_shape = TINY.shape
 
 
-def case_of(case=TINY, **settings) -> bench.Case:
+def case_of(case=TINY, **settings) -> plan.Case:
     """The case with other settings of training."""
     return replace(case, c=replace(case.c, lora_alpha=0.0, **settings))
 
@@ -51,7 +55,7 @@ def parameters(processes=1, **fields):
 def test_what_is_kept_is_counted_exactly():
     """fp32, two processes: each keeps half of the weights, gradients, both moments and the EMA, and
     AdamW's step counts."""
-    one, teacher = bench.plan(TINY), FlowMapDiT(replace(TINY.config, second_time=False))
+    one, teacher = plan.memory(TINY), FlowMapDiT(replace(TINY.config, second_time=False))
     count, tensors = parameters(2, second_time=False), len(list(teacher.parameters()))
     assert one["parameters"] == one["gradients"] == one["EMA"] == 4 * count
     assert one["optimiser"] == 2 * 4 * count + 4 * tensors
@@ -63,7 +67,7 @@ def test_traffic_is_that_of_fsdp():
     """Pretrain: every weight gathered in forward and again in backward, every gradient reduced;
     half of each comes from the other process. A second micro-batch gathers again and reduces
     nothing."""
-    one, two = bench.plan(TINY), bench.plan(replace(TINY, micro_steps=2))
+    one, two = plan.memory(TINY), plan.memory(replace(TINY, micro_steps=2))
     count = parameters(2, second_time=False)
     assert one["gathered"] == 2 * 4 * count and two["gathered"] == 2 * one["gathered"]
     assert one["reduced"] == two["reduced"] == 4 * count
@@ -73,7 +77,7 @@ def test_three_adapters_need_one_base():
     """bf16, one process: distill keeps the base once, at two bytes a weight, and three adapters at
     four, of which teacher and fake score leave the second time embedder as it is."""
     case, world = case_of(ALONE, stage="distill", lora_rank=2, bf16=True), distributed.start("cpu")
-    kept, full = (bench.kept(*bench.build(some, world, nullcontext))
+    kept, full = (plan.kept(*plan.build(some, world, nullcontext))
                   for some in (case, case_of(case, lora_rank=0)))
     student, c = kept["EMA"], TINY.config
     score = student - 4 * (2 * (c.freq_dim + c.dim) + 2 * 2 * c.dim)
@@ -88,8 +92,19 @@ def test_three_adapters_need_one_base():
 def test_checkpointing_saves_activations(settings):
     case = replace(case_of(ALONE, **settings), config=replace(SMALLEST, layers=2),
                    shape=(3, 48, 16, 16))
-    saving = bench.plan(case_of(case, checkpointing=True))
-    assert saving["activations"] < 0.6 * bench.plan(case)["activations"]
+    saving = plan.memory(case_of(case, checkpointing=True))
+    assert saving["activations"] < 0.6 * plan.memory(case)["activations"]
+
+
+@pytest.mark.parametrize("stage, causal, gpus", [("pretrain", False, 2), ("flowmap", True, 1)])
+def test_deep_networks_from_two_and_three_layers(stage, causal, gpus):
+    """Every figure of each part is linear in the layers: within a promille."""
+    case = case_of(replace(TINY, gpus=gpus), stage=stage, causal=causal, lora_rank=2,
+                   bf16=gpus > 1, checkpointing=True, guidance=1.0)
+    case = replace(case, config=replace(SMALLEST, layers=5), shape=(3, 48, 32, 32))
+    whole, few = plan.memory(case), plan.memory_by_layers(case)
+    for name in whole:
+        assert few[name] == pytest.approx(whole[name], rel=1e-3), name
 
 
 def test_predicted_is_measured():
@@ -99,8 +114,69 @@ def test_predicted_is_measured():
     run = subprocess.run([*torchrun, "bench.py", "check"], cwd=Path(bench.__file__).parent,
                          env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    predicted = bench.plan(bench.checked_cases()[0])["peak"]
+    predicted = plan.memory(plan.checked_cases()[0])["peak"]
     assert int(run.stdout.split("measured")[1].split()[0]) == pytest.approx(predicted, rel=0.15)
+
+
+# --- arithmetic
+
+def test_arithmetic_of_a_forward_pass_is_its_closed_form():
+    case = case_of(ALONE, stage="pretrain")
+    c, (F, C, H, W), T = replace(case.config, layers=7), case.shape, case.tokens
+    D, L = c.dim, F * H * W                                      # patches of one
+    block = 2 * L * (6 * D**2 + 2 * D * c.ffn_dim) + 4 * T * D**2 + 4 * L * (L + T) * D
+    rest = 4 * L * C * D + 2 * T * (c.text_dim + D) * D + 2 * (c.freq_dim + D + 6 * D) * D
+    done, needed, _ = flops.arithmetic(replace(case, config=c))
+    assert done["student forward"] == needed["student forward"] == 7 * block + rest
+    # Of the first products (patches, text, times) nobody asks the gradient of what they get.
+    first = 2 * L * C * D + 2 * T * c.text_dim * D + 2 * c.freq_dim * D
+    assert done["student backward"] == 2 * done["student forward"] - first
+
+
+@pytest.mark.parametrize("stage, causal, rank", [
+    ("flowmap", False, 2), ("flowmap", True, 0), ("distill", False, 0), ("distill", True, 2)])
+def test_nothing_is_done_that_is_not_needed(stage, causal, rank, monkeypatch):
+    """Outside of recomputation; and the derivative of every row, say, would be noticed."""
+    case = case_of(ALONE, stage=stage, causal=causal, lora_rank=rank, checkpointing=1)
+    done, (needed, released) = flops.done(case, flops.batch_of(case)), flops.expected(case)
+    assert done.pop("recomputation") > 0
+    assert dict(done) == pytest.approx({part: needed[part] for part in done}, rel=1e-6)
+    assert sum(released.values()) > 1.15 * sum(done.values())
+    error = meanflow.meanflow_error
+    monkeypatch.setattr(meanflow, "meanflow_error", lambda *args: error(*args[:11], 0, *args[12:]))
+    found = flops.done(case, flops.batch_of(case))["derivative"]
+    assert found == 2 * done["derivative"]
+
+
+def test_checkpointing_of_every_second_block_computes_half_of_them_again():
+    case = replace(case_of(ALONE, stage="pretrain"), config=replace(SMALLEST, layers=4))
+    found = [flops.arithmetic(case_of(case, checkpointing=n))[0] for n in (0, 1, 2)]
+    none, every, half = (count["recomputation"] for count in found)
+    assert none == 0 and half == every / 2 > 0
+    assert found[0]["student backward"] == found[1]["student backward"]
+
+
+# --- seconds
+
+def test_what_a_gpu_is_asked_runs_here():
+    cases = [case_of(ALONE, stage=stage, causal=causal)
+             for stage, causal in (("pretrain", False), ("flowmap", True))]
+    rows = speed.gpu(cases, [("tiny", SMALLEST, ALONE.shape)], WORLD, (False,))
+    product, forward, both, pretrain, flowmap, stream = rows
+    assert product["tflop a second"] > 0
+    for row in (forward, both, pretrain, flowmap):
+        assert row["seconds"] > 0 and 0 < row["utilisation"] < 1
+    assert 2 * forward["tflop"] < both["tflop"] < 3 * forward["tflop"] + 1e-12
+    assert both["tflop"] < flowmap["tflop"] and stream["frames a second"] > 0
+
+
+def test_costs_and_peers_are_ratios():
+    shape = (2, 48, 4, 4)
+    found = dict(speed.costs(SMALLEST, shape, "tiny", 1, WORLD))
+    assert len(found) == 6 and all(0.3 < ratio < 10 for ratio in found.values())
+    pytest.importorskip("diffusers", minversion="0.42")
+    what, ratio = next(speed.peers(SMALLEST, (4, 4), (2,), 1))
+    assert what.startswith("forward") and 0.3 < ratio < 10
 
 
 # --- what is planned is what is trained
@@ -128,7 +204,7 @@ def calls(monkeypatch):
     return found
 
 
-def drawn(case: bench.Case) -> updates.Batch:
+def drawn(case: plan.Case) -> updates.Batch:
     """A batch of training of the largest kind: all chunks, a row with r < t, three jumps."""
     for step in range(1000):
         batch = updates.draw_batch(case.c, Clips(), WORLD, step, 0)
@@ -139,9 +215,9 @@ def drawn(case: bench.Case) -> updates.Batch:
             return batch
 
 
-def trained(case: bench.Case, batch: updates.Batch) -> None:
+def trained(case: plan.Case, batch: updates.Batch) -> None:
     """A real update on one process."""
-    nets, parts = bench.build(case, WORLD, nullcontext)
+    nets, parts = plan.build(case, WORLD, nullcontext)
     log = distributed.Sums(train.LOGGED[case.c.stage])
     train.update(case.c, nets, parts, iter([batch]), 0, WORLD, log)
 
@@ -153,8 +229,8 @@ def test_the_planned_update_makes_the_calls_of_the_trained_one(calls, stage, cau
     settings = {"stage": stage, "causal": causal, "lora_rank": rank, "checkpointing": causal,
                 "bidirectional_fraction": float(causal)}
     case, found = case_of(ALONE, **settings), []
-    for make in (lambda: trained(case, bench.constant_batch(case)),
-                 lambda: trained(case, drawn(case)), lambda: bench.plan(case)):
+    for make in (lambda: trained(case, plan.constant_batch(case)),
+                 lambda: trained(case, drawn(case)), lambda: plan.memory(case)):
         calls.clear()
         make()
         found.append(list(calls))
@@ -169,19 +245,19 @@ def test_also_with_other_rollouts(calls, rollout, fake_rollout):
     trained(case, drawn(case))
     on_drawn = list(calls)
     calls.clear()
-    bench.plan(case)
+    plan.memory(case)
     assert calls and calls == on_drawn
 
 
 def test_a_plan_of_other_calls_is_noticed(calls, monkeypatch):
     """As when the batch that is planned had no row with r < t."""
-    case, true = case_of(ALONE, stage="flowmap"), bench.constant_batch
+    case, true = case_of(ALONE, stage="flowmap"), plan.constant_batch
     trained(case, true(case))
     on_constant = list(calls)
-    monkeypatch.setattr(bench, "constant_batch", lambda case: replace(
-        true(case), r=true(case).t, some_gap=False))
+    monkeypatch.setattr(plan, "constant_batch", lambda case: replace(
+        true(case), r=true(case).t, roles=(1, 0, 0), some_gap=False))
     calls.clear()
-    bench.plan(case)
+    plan.memory(case)
     assert calls != on_constant
 
 
@@ -201,6 +277,8 @@ def test_command_line(capsys):
     bench.main("plan --preset tiny --gpus 1 --stage flowmap --causal --micro-steps 1 "
                "--checkpointing".split())
     assert "| flowmap | causal | all weights | yes |" in capsys.readouterr().out
+    bench.main("flops --preset tiny --stage flowmap --checkpointing 2".split())
+    assert "flowmap: done / needed 1.000, released / done 1." in capsys.readouterr().out
     wan = "--preset wan-14b --frames"
     for flags, message in ((f"{wan} 80", "4 n + 1"), ("--gpus 0", "at least 1"),
                            (f"{wan} 41 --causal", "are for 81 frames"),

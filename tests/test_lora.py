@@ -69,8 +69,9 @@ def losses(nets):
     c = Config(stage="distill", causal=True, chunks="1,1,2", full_chunks=2)
     dropped = torch.tensor([False, True])
     rollout = updates.Rollout(flowmap.time_grid(4, 5.0), 1, n, [])
-    batch = updates.Batch(x, n[:, 1:], text, 0 * text, dropped, {}, (1, 1, 2), 1, t, r, (0, 0, 2),
-                          True, rollout=rollout, tau=t, tau_noise=n, fake_t=t, fake_noise=n)
+    batch = updates.Batch(x, n[:, 1:], text, 0 * text, dropped, torch.tensor([0]), {}, (1, 1, 2),
+                          1, t, r, (0, 0, 2), True, rollout=rollout, tau=t, tau_noise=n, fake_t=t,
+                          fake_noise=n)
     z_0 = torch.cat(list(updates.roll_out(nets["student"], batch, rollout, c, graph="all")), 1)
     gradient = updates.score_gradient(z_0.detach(), nets["teacher"], nets["fake"], batch, c)
     return {"flow map": updates.flow_map_error(nets["student"], batch, c),

@@ -9,11 +9,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
 import distributed
 import flowmap
 import meanflow
 import model
+import plan
 import train
 import updates
 from config import Config
@@ -39,21 +39,21 @@ class NoQuestions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def case_of(stage, causal, rank, **more) -> bench.Case:
+def case_of(stage, causal, rank, **more) -> plan.Case:
     c = Config(stage=stage, preset="tiny", causal=causal, lora_rank=rank, full_chunks=2,
                budgets="4", bidirectional_fraction=float(causal), **more)
-    return bench.Case(c, CONFIG, (4, 48, 4, 4), gpus=1)
+    return plan.Case(c, CONFIG, (4, 48, 4, 4), gpus=1)
 
 
-def update(case: bench.Case, monkeypatch, mode) -> None:
+def update(case: plan.Case, monkeypatch, mode=None) -> None:
     """A real update of four clips, `mode` watching all but the optimiser's step."""
     c = replace(case.c, micro_batch=4, batch_size=4, text_drop=0.5)
-    nets, parts = bench.build(case, WORLD, nullcontext)
+    nets, parts = plan.build(case, WORLD, nullcontext)
     monkeypatch.setattr(train, "optimizer_step", lambda *args: 1.0)
     batch = updates.draw_batch(c, Source(), WORLD, 0, 0)
     log = distributed.Sums(train.LOGGED[c.stage])
     flowmap.mean_time_weight(c.time_weight, c.shift)     # a number of the host, found once
-    with mode:
+    with mode or nullcontext():
         train.update(c, nets, parts, iter([batch]), 0, WORLD, log)
 
 
@@ -107,12 +107,11 @@ def test_compiled_rotations_are_those_of_complex_numbers():
     torch.testing.assert_close(model.rotate(x, rope), expected, rtol=1e-6, atol=1e-6)
 
 
-def graphs(case: bench.Case, layers: int, monkeypatch) -> int:
+def graphs(case: plan.Case, layers: int, monkeypatch) -> int:
     """How many graphs the blocks of a network become in an update."""
     torch._dynamo.reset()
     counters.clear()
-    update(replace(case, config=replace(CONFIG, layers=layers)), monkeypatch,
-           nullcontext())
+    update(replace(case, config=replace(CONFIG, layers=layers)), monkeypatch)
     assert not counters["graph_break"]
     assert counters["frames"]["ok"] == counters["stats"]["unique_graphs"]
     return counters["stats"]["unique_graphs"]

@@ -44,8 +44,9 @@ class Recorded:
     def note(self, method, z, t, r, context):
         batch, some = self.batch, context.text
         texts = {"kept": KEPT_TEXT(batch), "prompt": batch.text, "empty": batch.null_text}
-        rows = batch.r < batch.t if len(some) < len(batch.text) else slice(None)
-        text = next((name for name, value in texts.items() if torch.equal(value[rows], some)), "?")
+        subsets = slice(None), batch.r < batch.t, batch.guided
+        text = next((name for name, value in texts.items() for rows in subsets
+                     if torch.equal(value[rows], some)), "?")
         call = Call(self.name, method, text, z.detach(), t, r, torch.is_grad_enabled(), context)
         self.calls.append(call)
         return call
@@ -109,12 +110,14 @@ def check_forward_loss(calls, batch, c, err):
     u_c, u_0, above, below = calls
     x = batch.x[:, batch.start:sum(batch.chunks)]
     z_t, v = flowmap.interpolate(x, batch.n, batch.t), batch.n - x
-    for call in (u_c, u_0):
-        assert torch.equal(call.z, z_t)
-        assert torch.equal(call.t, batch.t) and torch.equal(call.r, batch.r)
+    kept = ~batch.dropped                           # a dropped prompt is empty: u_0 is not asked
+    for call, rows in ((u_c, slice(None)), (u_0, kept)):
+        assert torch.equal(call.z, z_t[rows])
+        assert torch.equal(call.t, batch.t[rows]) and torch.equal(call.r, batch.r[rows])
     gap = batch.r < batch.t
     w = torch.where(batch.dropped, 1.0, c.guidance).view(-1, 1, 1, 1, 1)
-    F = (u_c.u - (1 - w) * u_0.u) / w
+    F = u_c.u / w
+    F[kept] -= (1 - w[kept]) * u_0.u / w[kept]
     dF_dt = (above.u - below.u) / flowmap.expand(above.t - below.t, above.u) / w[gap]
     target = v.clone()
     target[gap] -= flowmap.expand((batch.t - batch.r)[gap], v) * dF_dt
@@ -147,10 +150,11 @@ def test_causal_flowmap_has_a_clean_past_for_each_prompt_and_sometimes_the_whole
     calls, batch, log = one_update(c)
     whole, rest = calls[:2], calls[2:]
     assert kinds(whole) == [("student", "kept", True), ("student", "empty", False)]
-    for call in whole:
-        assert call.z.shape == batch.x.shape and not call.context.cache
-        assert torch.equal(call.t, batch.whole_t) and torch.equal(call.r, batch.whole_t)
-        assert torch.equal(call.z, flowmap.interpolate(batch.x, batch.whole_noise, call.t))
+    for call, rows in zip(whole, (slice(None), ~batch.dropped)):
+        assert not call.context.cache and torch.equal(call.t, call.r)
+        assert torch.equal(call.t, batch.whole_t[rows])
+        z_t = flowmap.interpolate(batch.x, batch.whole_noise, batch.whole_t)
+        assert torch.equal(call.z, z_t[rows])
     encoded = [call for call in rest if call.method != "forward"]
     half = len(encoded) // 2
     assert all(call.text == "empty" and not call.gradient for call in encoded[:half])

@@ -2,7 +2,9 @@
 
     python eval.py            every finished stage of runs/toy-shapes, and the consistency sampler
 
-The evaluation set is fixed: every caption equally often, noise and clips that training never draws.
+The evaluation set is fixed: every caption equally often, noise and clips that training never draws;
+of a folder the clips that it holds out, one in ten by name, each drawn several times from other
+first frames (so that the floor is that of other moments of the same clips).
 
 fd        Frechet distance to real clips, on the 64 main components of real pixels; lower is better
 fd_teach  the same to the guided teacher's 50-step samples, which is what distillation aims at
@@ -208,7 +210,7 @@ def main(argv=None) -> None:
         if args.length > 1 and any(len(p.chunks) == 1 for p in pipelines.values()):
             raise ValueError(f"--length {args.length} is for causal models only")
         config = next(iter(pipelines.values())).config
-        dataset = data.open_data(config["data"], config["frames"], config["size"])
+        dataset = data.open_data(config["data"], config["frames"], config["size"], held_out=True)
     except ValueError as error:
         parser.error(str(error))
     causal = [p for p in pipelines.values() if len(p.chunks) > 1]

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import cli
 import data
@@ -141,8 +141,8 @@ def open_source(c: Config, fresh: bool):
         if found:
             codec = encoders.PatchPCA.from_state(load_file(found[-1]))
         else:
-            clips = source.clips(range(1024), seed=c.seed)[0]
-            codec = encoders.PatchPCA.fit(clips, PRESETS[c.preset].channels)
+            codec = encoders.PatchPCA.fit(lambda: encoders.in_parts(source, 1024, c.seed),
+                                          PRESETS[c.preset].channels)
         words = encoders.Words.of(source.captions, PRESETS[c.preset].text_dim)
         return encoders.Encoded(source, codec, words)
     except ValueError as error:
@@ -174,9 +174,7 @@ def prepare(c: Config, source, fresh: bool, world) -> None:
             shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True, exist_ok=True)
         if own_codec and not (stage / CODEC).exists():
-            aside = stage / f"{CODEC}.partial"
-            save_file(source.codec.state(), aside)
-            aside.rename(stage / CODEC)
+            data.write_tensors(stage / CODEC, source.codec.state())
     distributed.barrier(world)
     if own_codec:
         source.codec = encoders.PatchPCA.from_state(load_file(stage / CODEC))

@@ -91,7 +91,7 @@ class Folder:
         if held_out and not apart:
             raise ValueError(f"{path}: none of its {len(usable)} clips is held out to compare with "
                              "(one in ten is, by its name): more clips are needed")
-        megabytes = sum(file.stat().st_size for _, file, _ in usable) / 1e6
+        megabytes = sum(3 * size**2 * length for _, _, length in usable) / 1e6
         say([*(f"skipped {problem}" for problem in problems),
              f"{path}: {len(usable)} clips usable, {len(files) - len(usable)} skipped; "
              f"{len(apart)} held out for eval.py; {megabytes:.0f} MB decoded"])
@@ -268,6 +268,7 @@ class Shards:
         first = self.path / files[0][0]
         with readable(first), safe_open(first, "pt") as file:
             self.conditioning = tuple(n for n in ("image", "condition") if n in file.keys())
+        self.read(*self.places[0])                               # raises, before training starts
 
     def __len__(self) -> int:
         return len(self.places)
@@ -280,19 +281,24 @@ class Shards:
         return batch.pop("latents"), batch.pop("text"), batch
 
     def read(self, shard: dict, row: int) -> dict[str, torch.Tensor]:
-        """A clip's tensors, of which each is as long as it was, of the same bits, and finite."""
+        """A clip's tensors, float32. Raises ValueError for what is not what was written."""
         file, found = self.path / shard["name"], {}
         with readable(file), safe_open(file, "pt") as opened:
             for name in ("latents", "text", *self.conditioning):
                 found[name] = opened.get_slice(name)[row]
             keys = json.loads(opened.metadata()["keys"])
+        shapes = {"latents": self.latent_shape, "text": self.text_shape}
         for name, tensor in found.items():
+            if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
+                raise ValueError(f"{file}: {name} of clip {keys[row]!r} has shape "
+                                 f"{tuple(tensor.shape)}, but the manifest says {shapes[name]}")
             sums = shard.get("crc32", {}).get(name)
             if sums and crc32(tensor) != sums[row]:
                 raise ValueError(f"{file}: clip {keys[row]!r} is not what was written (checksum); "
                                  f"{AGAIN}")
             if not tensor.isfinite().all():
-                raise ValueError(f"{file}: {name} of clip {keys[row]!r} are not finite; {AGAIN}")
+                raise ValueError(f"{file}: {name} of clip {keys[row]!r} holds numbers that are not "
+                                 f"finite: leave that clip out, {AGAIN}")
             found[name] = tensor.float()
         return found
 
@@ -302,7 +308,7 @@ def readable(file: Path):
     """Names the file of tensors that cannot be read inside."""
     try:
         yield
-    except (SafetensorError, KeyError, TypeError, IndexError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); {AGAIN}") from None
 
 
@@ -347,11 +353,7 @@ class ShardWriter:
                 self.done |= set(self.shards[file]["keys"])
 
     def add(self, key: str, caption: str, **tensors: torch.Tensor) -> None:
-        """The tensors of the clip `key`, by their names in `Shards`, in the type to be stored.
-        Raises ValueError for one that is not finite."""
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"clip {key!r}: its {name} are not finite")
+        """The tensors of the clip `key`, by their names in `Shards`, in the type to be stored."""
         self.rows.append((key, caption, {name: tensor.cpu() for name, tensor in tensors.items()}))
         self.done.add(key)
         if len(self.rows) >= self.size:
@@ -483,6 +485,8 @@ def encode(args) -> None:
                 clip["image"] = picture(video[0])
                 clip["condition"] = codec.condition(pixels[:, 0], clip["latents"].shape[1])
             rounded = {name: tensor[0].to(dtype) for name, tensor in clip.items()}
+            if not all(tensor.isfinite().all() for tensor in rounded.values()):
+                raise ValueError(f"{file.name}: its latents are no finite numbers as {args.dtype}")
             writer.add(key, captions[file.name], **rounded)
         except ValueError as error:
             problems.append(str(error))

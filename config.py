@@ -4,6 +4,7 @@ A flag that is given wins; then what the stage was begun with; then what the sta
 then the recipe of the preset; then the defaults here.
 """
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -222,6 +223,7 @@ def parse_config(argv=None) -> Config:
         values.pop("lora_alpha", None)               # it goes with the rank
     c = Config(**recipe(values.get("preset", Config.preset), stage, causal) | values)
     c.base = "" if c.base == "none" else c.base
+    c.data = os.path.normpath(c.data) if c.data.strip() else c.data      # clips/ is clips
     check(c, given, parser)
     check_base(c, given, parser)
     c.lora_alpha = c.lora_alpha or float(c.lora_rank)

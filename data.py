@@ -6,33 +6,39 @@
 Legend:  B batch   T pixel frames   H, W picture (both `size` but in shards)   F, C, h, w latents
 Videos are float32 (B, T, 3, H, W) in [-1, 1]. Every clip is a pure function of (seed, index).
 """
+import fcntl
 import hashlib
 import json
 import os
-import struct
 import sys
+import zlib
+from contextlib import contextmanager
+from itertools import count
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import imageio.v3 as imageio
 import numpy as np
 import torch
-import torch.nn.functional as nnf
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import cli
 import encoders
+from media import decode, read_clip
 from toys import SETS, draw, nearest_word
 
 SUFFIXES = (".mp4", ".gif", ".mov", ".webm")
-AGAIN = "run the command that made the shards again"
-DECODER_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, IndexError, struct.error)
+# Of decoded videos. It may be deleted when no training runs.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nanoanyflow"
+DECODERS = 4                 # videos that are decoded at a time
+AGAIN = "delete it and run the command that made the shards again"
 
 
-def open_data(name: str, frames: int = 8, size: int = 16):
+def open_data(name: str, frames: int = 8, size: int = 16, held_out: bool = False):
     """The data set called 'shapes', 'loop' or 'digits', or the folder at path `name`; its clips are
-    (frames, 3, size, size). Raises ValueError for other names, sizes and lengths."""
+    (frames, 3, size, size). held_out: those that training never sees; toy sets draw them by their
+    seeds. Raises ValueError for other names, sizes and lengths."""
     if frames < 1 or size < 8:
         raise ValueError(f"clips need frames >= 1 and size >= 8, not frames = {frames}, "
                          f"size = {size}")
@@ -42,64 +48,75 @@ def open_data(name: str, frames: int = 8, size: int = 16):
         return Shards(name)
     if not Path(name).is_dir():
         near = nearest_word(str(name), list(SETS))
-        raise ValueError(f"no data set or folder {str(name)!r}: choose shapes, loop, digits "
+        raise ValueError(f"no data set or folder {str(name)!r}: choose {', '.join(SETS)} "
                          f"(nearest: {near}) or the path of a folder of clips or shards")
-    return Folder(name, frames, size)
+    return Folder(name, frames, size, held_out)
 
 
 class Folder:
     """Clips (mp4, gif, mov, webm) in a folder, each captioned by a .txt file of the same name or by
     a row {"file": ..., "caption": ...} of any .jsonl file there (the .txt wins).
 
-    Decoded once, into memory, as uint8: the short side resized to `size`, the middle cropped. What
-    cannot be used is named on stderr and skipped; ValueError if nothing is left. There are no
-    attributes to read back.
+    Decoded once, see `decode` and `decode_once`: PatchPCA.fps frames a second, the short side
+    resized to `size`, the middle cropped. One clip in ten, chosen by a checksum of its name alone,
+    is held out of training for eval.py. What cannot be used is named on stderr and skipped;
+    ValueError if nothing is left. There are no attributes to read back.
     """
 
-    def __init__(self, path, frames: int = 8, size: int = 16):
+    def __init__(self, path, frames: int = 8, size: int = 16, held_out: bool = False):
         self.name, self.frames, self.size, self.attributes = str(path), frames, size, {}
-        self.videos, self.texts, skipped = [], [], 0             # (frames, 3, size, size), captions
-        files = videos_in(Path(path))
+        files, usable = videos_in(Path(path)), []
         captions, problems = read_captions(Path(path), {file.name for file in files})
-        for file in files:
-            try:
-                if not captions.get(file.name):
-                    raise ValueError("no caption")
-                pictures = [fit_frame(frame, size, size) for frame in imageio.imiter(file)]
-                if len(pictures) < frames:
-                    raise ValueError(f"{len(pictures)} frames, {frames} needed")
-                self.videos.append(torch.stack(pictures))
-                self.texts.append(captions[file.name])
-            except DECODER_ERRORS as error:
-                problems.append(f"{file.name}: {first_line(error)}")
-                skipped += 1
-        for problem in problems:
-            print(f"skipped {problem}", file=sys.stderr)
-        if problems:
-            print(f"{path}: {len(self.videos)} clips usable, {skipped} skipped", file=sys.stderr)
-        if not self.videos:
+        captions = {name: text for name, text in captions.items() if encoders.split_words(text)}
+        problems += [f"{file.name}: no caption" for file in files if file.name not in captions]
+        captioned = [file for file in files if file.name in captions]
+        stored, undecoded = decode_once(Path(path), captioned, size, encoders.PatchPCA.fps)
+        problems += undecoded
+        for name, file in stored.items():
+            length = file.stat().st_size // (3 * size**2)
+            if length < frames:
+                problems.append(f"{name}: {length} frames at {encoders.PatchPCA.fps} a second, "
+                                f"{frames} needed")
+            else:
+                usable.append((name, file, length))
+        if not usable:
+            say(f"skipped {problem}" for problem in problems)
             raise ValueError(f"no usable clip in {path}: expected videos ({', '.join(SUFFIXES)}) "
                              f"of at least {frames} frames, each with a caption in NAME.txt or as "
                              'a row {"file": ..., "caption": ...} of a .jsonl file')
-        self.captions = sorted(set(self.texts))
+        apart = [clip for clip in usable if name_hash(clip[0]) % 10 == 0]
+        rest = [clip for clip in usable if name_hash(clip[0]) % 10]
+        if not rest:
+            rest, apart = usable, []
+        if held_out and not apart:
+            raise ValueError(f"{path}: none of its {len(usable)} clips is held out to compare with "
+                             "(one in ten is, by its name): more clips are needed")
+        megabytes = sum(3 * size**2 * length for _, _, length in usable) / 1e6
+        say([*(f"skipped {problem}" for problem in problems),
+             f"{path}: {len(usable)} clips usable, {len(files) - len(usable)} skipped; "
+             f"{len(apart)} held out for eval.py; {megabytes:.0f} MB decoded"])
+        self.stored = apart if held_out else rest                # (name, raw frames, how many)
+        self.texts = captions
+        self.captions = sorted({captions[name] for name, _, _ in usable})
 
     def __len__(self) -> int:
-        return len(self.videos)
+        return len(self.stored)
 
     def clips(self, indices, seed: int = 0, captions=None):
         """Video (B, T, 3, size, size) and its captions. Each len(self) consecutive indices are an
         epoch that shows every file once; (seed, index) picks the first frame."""
         if captions is not None:
             raise ValueError("the captions of a folder belong to its clips and cannot be chosen")
-        video, texts = [], []
+        video, texts, frame = [], [], 3 * self.size**2           # bytes
         draws = draw(seed, indices, 1)[:, 0].tolist()
         for i, u in zip(shuffled(indices, seed, len(self)), draws):
-            clip = self.videos[i]
-            start = int(u * (len(clip) - self.frames + 1))
-            video.append(clip[start : start + self.frames])
-            texts.append(self.texts[i])
-        shape = (len(video), self.frames, 3, self.size, self.size)
-        return torch.cat(video).view(shape).float() / 127.5 - 1, texts
+            name, file, length = self.stored[i]
+            start = int(u * (length - self.frames + 1))
+            video.append(np.fromfile(file, np.uint8, self.frames * frame, offset=start * frame))
+            texts.append(self.texts[name])
+        shape = (len(video), self.frames, self.size, self.size, 3)
+        video = torch.from_numpy(np.concatenate(video)).view(shape).movedim(4, 2)
+        return video.contiguous().float() / 127.5 - 1, texts
 
     def labels(self, captions) -> dict[str, torch.Tensor]:
         return {}
@@ -112,8 +129,60 @@ def videos_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def name_hash(name: str) -> int:
+    return zlib.crc32(os.fsencode(name))
+
+
+def say(lines) -> None:
+    """On stderr, by one process of a launch."""
+    for line in lines if int(os.environ.get("RANK", 0)) == 0 else ():
+        print(line, file=sys.stderr)
+
+
+def decode_once(folder: Path, files: list[Path], size: int, fps: float) -> tuple[dict, list[str]]:
+    """By its name, each video as a file of raw frames (n, size, size, 3) uint8; and a line about
+    each that cannot be decoded. Kept in CACHE by the folder, the file's name, size and time, and
+    what is asked for; one process decodes, with a progress bar, and others wait for it."""
+    key = hashlib.sha256(os.fsencode(folder.resolve()) + f" {size} {fps}".encode()).hexdigest()
+    cache, stored, problems = CACHE / f"{folder.resolve().name}-{key[:16]}", {}, []
+    for file in files:
+        if not file.exists():
+            problems.append(f"{file.name}: is not there")
+            continue
+        found = file.stat()
+        key = os.fsencode(file.name) + f" {found.st_size} {found.st_mtime_ns}".encode()
+        stored[file.name] = cache / f"{hashlib.sha256(key).hexdigest()[:32]}.raw"
+    if not stored:
+        return stored, problems
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)                     # until it is closed, or killed
+            for left in cache.glob("*.partial"):
+                left.unlink()
+            todo = [(folder / name, target, size, fps) for name, target in stored.items()
+                    if not target.exists()]
+            if todo:
+                say([f"{folder}: decoding {len(todo)} videos, once, into {cache}"])
+            with ThreadPool(DECODERS) as pool:
+                bar = tqdm(pool.imap(decode_into, todo), "decode", len(todo), disable=not todo)
+                problems += filter(None, bar)
+    except OSError as error:
+        raise OSError(f"decoded videos cannot be kept in {cache} ({error}): make room there, or "
+                      "set XDG_CACHE_HOME to another folder") from None
+    return {name: file for name, file in stored.items() if file.exists()}, problems
+
+
+def decode_into(job: tuple) -> str:
+    """Decode (file, target, size, fps); returns what went wrong with it, or ''."""
+    file, target, size, fps = job
+    try:
+        with written(target) as aside, open(aside, "wb") as out:
+            for frames in decode(file, size, size, fps):
+                frames.tofile(out)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def shuffled(indices, seed: int, count: int) -> list[int]:
@@ -129,41 +198,34 @@ def shuffled(indices, seed: int, count: int) -> list[int]:
 
 
 def read_captions(folder: Path, names: set[str]) -> tuple[dict[str, str], list[str]]:
-    """Captions of the clips `names`, and a line about each useless row of a .jsonl file."""
+    """Captions of the clips `names`, and a line about each useless file, or row of a .jsonl one."""
     captions, problems = {}, []
+
+    def read(file: Path) -> str:
+        try:
+            return file.read_text("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            problems.append(f"{file.name}: not UTF-8 text; save it as such")
+            return ""
     for file in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(read(file).splitlines(), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                name, caption = row["file"], row["caption"].strip()
-            except (ValueError, TypeError, KeyError, AttributeError):
+                name, caption = str(row["file"]), row["caption"].strip()
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 expected = '{"file": ..., "caption": ...}'
                 problems.append(f"{file.name} line {number}: expected {expected}")
                 continue
             if name not in names:
                 problems.append(f"{file.name} line {number}: there is no clip {name!r}")
             captions[name] = caption
-    for name in names:
+    for name in sorted(names):
         text = (folder / name).with_suffix(".txt")
         if text.is_file():
-            captions[name] = text.read_text("utf-8").strip()
+            captions[name] = read(text)
     return captions, problems
-
-
-def fit_frame(frame: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """A decoded frame, (H, W) or (H, W, channels) uint8 -> (3, height, width) uint8: resized with
-    its aspect, the middle cropped."""
-    frame = np.atleast_3d(frame)
-    rgb = frame[..., :3] if frame.shape[2] >= 3 else frame[..., :1].repeat(3, 2)
-    image = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None].float()
-    h, w = image.shape[2:]                                       # of image (1, 3, h, w)
-    factor = max(height / h, width / w)
-    size = max(height, round(h * factor)), max(width, round(w * factor))
-    image = nnf.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return image[0, :, top : top + height, left : left + width].round().clamp(0, 255).byte()
 
 
 class Shards:
@@ -172,58 +234,41 @@ class Shards:
     checksums. For image-to-video networks also what these are told of first frames: `image` (n, I,
     image_dim) and `condition` (n, F, image_channels, h, w); `conditioning` names what is there.
 
-    Raises ValueError for a shard that is missing or not as long as the manifest says.
+    Raises ValueError for a shard that is missing or not as long as the manifest says, and in `draw`
+    for a clip that is not what was written, or not finite.
     """
 
     def __init__(self, path):
         self.path, self.attributes = Path(path), {}
         try:
-            self.manifest = cli.read_json(self.path / "manifest.json")
+            self.manifest = json.loads((self.path / "manifest.json").read_text("utf-8"))
             self.latent_shape = tuple(self.manifest["latent_shape"])
             self.text_shape = tuple(self.manifest["text_shape"])
-            sizes = {str(shard["name"]): shard["bytes"] for shard in self.manifest["shards"]}
-            self.places = [(str(shard["name"]), row) for shard in self.manifest["shards"]
+            self.places = [(shard, row) for shard in self.manifest["shards"]
                            for row in range(shard["clips"])]
-            if not all(type(n) is int and n > 0 for n in self.latent_shape + self.text_shape):
-                raise ValueError("latent_shape and text_shape")
+            files = [(shard["name"], shard["bytes"]) for shard in self.manifest["shards"]]
         except FileNotFoundError:
-            raise ValueError(f"{path}: has no manifest.json, no finished shards: {AGAIN}") from None
-        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: has no manifest.json, no finished shards: run the command "
+                             "that made the shards again") from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{self.path / 'manifest.json'}: not what was written ({error}); "
                              f"{AGAIN}") from None
-        for name, size in sizes.items():
+        for name, size in files:
             file = self.path / name
-            if not file.is_file() or file.stat().st_size != size:
+            if not file.exists() or file.stat().st_size != size:
                 raise ValueError(f"{file}: missing, or not the {size} bytes of the manifest; "
-                                 f"delete it and {AGAIN}")
+                                 f"{AGAIN}")
         if not self.places:
             raise ValueError(f"{path}: no clip in any shard")
-        self.null_text = self.read("null_text.safetensors", None, ["text"])["text"]      # (T, D)
-        self.read(*self.places[0], ["latents", "text"])          # raises, before training starts
-        with safe_open(self.path / self.places[0][0], "pt") as file:
+        null_text = self.path / "null_text.safetensors"
+        if checksum(null_text) != self.manifest.get("null_text", checksum(null_text)):
+            raise ValueError(f"{null_text}: is not what was written (checksum); {AGAIN}")
+        with readable(null_text):
+            self.null_text = load_file(null_text)["text"].float()                     # (T, D)
+        first = self.path / files[0][0]
+        with readable(first), safe_open(first, "pt") as file:
             self.conditioning = tuple(n for n in ("image", "condition") if n in file.keys())
-
-    def read(self, name: str, row: int | None, tensors) -> dict[str, torch.Tensor]:
-        """A row (None: all) of some tensors of a file, float32. Raises ValueError for what is not
-        there, not of the manifest's shape, or not finite."""
-        file, found = self.path / name, {}
-        shapes = {"latents": self.latent_shape, "text": self.text_shape}
-        try:
-            with safe_open(file, "pt") as opened:
-                for tensor in tensors:
-                    whole = opened.get_slice(tensor)
-                    found[tensor] = (whole[:] if row is None else whole[row]).float()
-        except (SafetensorError, OSError, IndexError) as error:
-            raise ValueError(f"{file}: cannot be read ({error}); delete it and {AGAIN}") from None
-        for tensor, values in found.items():
-            clip = "" if row is None else f" of clip {row}"
-            if tuple(values.shape) != shapes.get(tensor, tuple(values.shape)):
-                raise ValueError(f"{file}: {tensor}{clip} has shape {tuple(values.shape)}, but the "
-                                 f"manifest says {shapes[tensor]}")
-            if not values.isfinite().all():
-                raise ValueError(f"{file}: {tensor}{clip} holds numbers that are not finite: leave "
-                                 f"that clip out and {AGAIN}")
-        return found
+        self.read(*self.places[0])                               # raises, before training starts
 
     def __len__(self) -> int:
         return len(self.places)
@@ -231,17 +276,50 @@ class Shards:
     def draw(self, indices, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Latents (B, F, C, h, w), prompt features (B, T, D) and, by name, the `conditioning`, all
         float32. Each len(self) consecutive indices show every clip once."""
-        found = {name: [] for name in ("latents", "text", *self.conditioning)}
-        for i in shuffled(indices, seed, len(self)):
-            for name, values in self.read(*self.places[i], found).items():
-                found[name].append(values)
-        batch = {name: torch.stack(rows) for name, rows in found.items()}
+        clips = [self.read(*self.places[i]) for i in shuffled(indices, seed, len(self))]
+        batch = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
         return batch.pop("latents"), batch.pop("text"), batch
+
+    def read(self, shard: dict, row: int) -> dict[str, torch.Tensor]:
+        """A clip's tensors, float32. Raises ValueError for what is not what was written."""
+        file, found = self.path / shard["name"], {}
+        with readable(file), safe_open(file, "pt") as opened:
+            for name in ("latents", "text", *self.conditioning):
+                found[name] = opened.get_slice(name)[row]
+            keys = json.loads(opened.metadata()["keys"])
+        shapes = {"latents": self.latent_shape, "text": self.text_shape}
+        for name, tensor in found.items():
+            if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
+                raise ValueError(f"{file}: {name} of clip {keys[row]!r} has shape "
+                                 f"{tuple(tensor.shape)}, but the manifest says {shapes[name]}")
+            sums = shard.get("crc32", {}).get(name)
+            if sums and crc32(tensor) != sums[row]:
+                raise ValueError(f"{file}: clip {keys[row]!r} is not what was written (checksum); "
+                                 f"{AGAIN}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{file}: {name} of clip {keys[row]!r} holds numbers that are not "
+                                 f"finite: leave that clip out, {AGAIN}")
+            found[name] = tensor.float()
+        return found
+
+
+@contextmanager
+def readable(file: Path):
+    """Names the file of tensors that cannot be read inside."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); {AGAIN}") from None
+
+
+def crc32(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
 
 
 class ShardWriter:
-    """Writes one part (of `parts`, one a process) of a folder of shards. `done` names the clips
-    that are there: the same command goes on after a kill. A shard appears whole or not at all.
+    """Writes one part (of `parts`, one a process) of a folder of shards. `done` has the keys of the
+    clips that are there: the same command goes on after a kill. A shard appears whole or not at
+    all, with a checksum of each clip.
 
     made_by: what the clips depend on, as JSON. Raises ValueError for a folder that was begun with
     other settings, or by another number of processes.
@@ -255,22 +333,24 @@ class ShardWriter:
         if not begun.exists() and any(self.folder.glob("part-*")):
             raise ValueError(f"{folder} holds shards without made_by.json: give another folder")
         if begun.exists():
-            before = json.loads(begun.read_text())
+            try:
+                before = dict(json.loads(begun.read_text("utf-8")))
+            except (ValueError, TypeError, RecursionError):
+                raise ValueError(f"{begun}: not what was written; give another folder") from None
             for name in self.made_by:
                 if before.get(name) != self.made_by[name]:
                     raise ValueError(f"{folder} was begun with {name} = {before.get(name)}, not "
                                      f"{self.made_by[name]}: go on with the same settings, or give "
                                      f"another folder")
         write_text(begun, json.dumps(self.made_by, indent=1))
-        self.rows, self.done, self.shards = [], set(), []
+        self.rows, self.done, self.shards = [], set(), {}        # of these: {file: metadata}
+        for left in self.folder.glob(f"part-{part}-of-{parts}*.partial"):
+            left.unlink()
         for file in sorted(self.folder.glob(f"part-{part}-of-{parts}-*.safetensors")):
-            try:
-                with safe_open(file, "pt") as opened:
-                    keys = json.loads(opened.metadata()["keys"])
-            except (SafetensorError, OSError):
-                raise ValueError(f"{file}: no whole shard; delete it and run again") from None
-            self.done |= set(keys)
-            self.shards.append((file, len(keys)))
+            with readable(file), safe_open(file, "pt") as opened:
+                self.shards[file] = {name: json.loads(text)
+                                     for name, text in opened.metadata().items()}
+                self.done |= set(self.shards[file]["keys"])
 
     def add(self, key: str, caption: str, **tensors: torch.Tensor) -> None:
         """The tensors of the clip `key`, by their names in `Shards`, in the type to be stored."""
@@ -282,43 +362,69 @@ class ShardWriter:
     def flush(self) -> None:
         if not self.rows:
             return
-        file = self.folder / f"part-{self.part}-of-{self.parts}-{len(self.shards):05d}.safetensors"
-        aside = file.with_suffix(".partial")
-        metadata = {"keys": json.dumps([key for key, _, _ in self.rows]),
-                    "captions": json.dumps([caption for _, caption, _ in self.rows])}
-        names = self.rows[0][2]
-        save_file({name: torch.stack([clip[name] for _, _, clip in self.rows]) for name in names},
-                  aside, metadata)
-        aside.rename(file)
-        self.shards.append((file, len(self.rows)))
+        names = (self.folder / f"part-{self.part}-of-{self.parts}-{i:05d}.safetensors"
+                 for i in count(len(self.shards)))
+        file = next(name for name in names if not name.exists())
+        tensors = {name: torch.stack([clip[name] for _, _, clip in self.rows])
+                   for name in self.rows[0][2]}
+        metadata = {"keys": [key for key, _, _ in self.rows],
+                    "captions": [caption for _, caption, _ in self.rows],
+                    "crc32": {name: list(map(crc32, rows)) for name, rows in tensors.items()}}
+        write_tensors(file, tensors, {name: json.dumps(x) for name, x in metadata.items()})
+        self.shards[file] = metadata
         self.rows = []
 
     def close(self, null_text: torch.Tensor) -> bool:
         """End this part; the last part to end writes the manifest. True if that was this one."""
         self.flush()
-        own = [{"name": file.name, "clips": count, "bytes": file.stat().st_size,
-                "sha256": checksum(file)} for file, count in self.shards]
+        own = [{"name": file.name, "clips": len(metadata["keys"]), "bytes": file.stat().st_size,
+                "sha256": checksum(file), "crc32": metadata.get("crc32", {})}
+               for file, metadata in self.shards.items()]
+        null_file = self.folder / "null_text.safetensors"
         if self.part == 0:
-            save_file({"text": null_text.cpu().contiguous()}, self.folder / "null_text.safetensors")
+            write_tensors(null_file, {"text": null_text.cpu().contiguous()})
         lists = [self.folder / f"part-{part}-of-{self.parts}.json" for part in range(self.parts)]
         write_text(lists[self.part], json.dumps(own))
         if not all(file.exists() for file in lists):
             return False
-        shards = [shard for file in lists for shard in json.loads(file.read_text())]
+        shards = [shard for file in lists for shard in json.loads(file.read_text("utf-8"))]
         if shards:
             with safe_open(self.folder / shards[0]["name"], "pt") as file:
                 manifest = {"clips": sum(shard["clips"] for shard in shards),
                             "latent_shape": file.get_slice("latents").get_shape()[1:],
                             "text_shape": file.get_slice("text").get_shape()[1:],
-                            "made_by": self.made_by, "shards": shards}
+                            "made_by": self.made_by, "null_text": checksum(null_file),
+                            "shards": shards}
             write_text(self.folder / "manifest.json", json.dumps(manifest, indent=1))
         return True
 
 
+@contextmanager
+def written(path: Path):
+    """A name to write to. The file takes its own, `path`, once it is whole; half of one goes."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + f".{os.getpid()}.partial")
-    aside.write_text(text)
-    aside.rename(path)
+    with written(path) as aside:
+        aside.write_text(text, "utf-8")
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+    """As safetensors, which others may read as far as the umask says."""
+    with written(path) as aside:
+        try:
+            save_file(tensors, aside, metadata)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from None
+        mask = os.umask(0)
+        os.umask(mask)
+        aside.chmod(0o666 & ~mask)
 
 
 def checksum(file: Path) -> str:
@@ -326,17 +432,14 @@ def checksum(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def read_clip(file: Path, frames: int, height: int, width: int, fps: float) -> torch.Tensor:
-    """The start of a video at another frame rate and size: (frames, 3, height, width) uint8, the
-    nearest frame in time at every instant. Raises ValueError if it is too short."""
-    known = imageio.immeta(file)
-    rate = known.get("fps") or 1000 / (known.get("duration") or 1000 / fps)
-    wanted, video = [round(i * rate / fps) for i in range(frames)], []
-    for i, frame in enumerate(imageio.imiter(file)):
-        video += [fit_frame(frame, height, width)] * wanted.count(i)
-        if len(video) == frames:
-            return torch.stack(video)
-    raise ValueError(f"too short: {len(video)} of {frames} frames at {fps:g} a second")
+def key_of(file: Path, caption: str) -> str:
+    """Of a clip in shards: another video or caption under the same name has another one."""
+    found, size = hashlib.sha256(caption.encode(errors="surrogatepass")), file.stat().st_size
+    with open(file, "rb") as opened:
+        for place in (0, size // 2, max(0, size - 2**16)):
+            opened.seek(place)
+            found.update(opened.read(2**16) + str(size).encode())
+    return f"{file.name} {found.hexdigest()[:16]}"
 
 
 def encode(args) -> None:
@@ -361,26 +464,33 @@ def encode(args) -> None:
     made_by |= {name: getattr(args, name) for name in
                 ("frames", "height", "width", "text_length", "dtype")}
     writer, skipped = ShardWriter(args.out, made_by, part, parts, args.clips_per_shard), 0
-    todo = [file for file in files[part::parts] if file.name not in writer.done]
-    for n, file in enumerate(tqdm(todo, desc="encode", disable=part > 0)):
+    # By name, so that a clip keeps its part when others come.
+    keys = {key_of(file, captions.get(file.name, "")): file for file in files
+            if name_hash(file.name) % parts == part}
+    if strange := sorted(writer.done - keys.keys()):
+        raise ValueError(f"{args.out} holds clips that are not in {args.videos}, or have changed "
+                         f"there: {strange[0]!r} and {len(strange) - 1} more; give another folder")
+    todo = [(key, file) for key, file in keys.items() if key not in writer.done]
+    for n, (key, file) in enumerate(tqdm(todo, desc="encode", disable=part > 0)):
         if n % encoders.PROMPTS_AHEAD == 0:
-            coming = [captions.get(later.name) for later in todo[n:n + encoders.PROMPTS_AHEAD]]
+            coming = [captions.get(later.name) for _, later in todo[n:n + encoders.PROMPTS_AHEAD]]
             words.prepare([encoders.NEGATIVE_PROMPT, *filter(None, coming)])
         try:
             if not captions.get(file.name):
-                raise ValueError("no caption")
+                raise ValueError(f"{file.name}: no caption")
             video = read_clip(file, args.frames, args.height, args.width, made_by["fps"])
-        except DECODER_ERRORS as error:
-            problems.append(f"{file.name}: {first_line(error)}")
+            pixels = video[None].float() / 127.5 - 1
+            clip = {"latents": codec.encode(pixels), "text": words([captions[file.name]])}
+            if picture:
+                clip["image"] = picture(video[0])
+                clip["condition"] = codec.condition(pixels[:, 0], clip["latents"].shape[1])
+            rounded = {name: tensor[0].to(dtype) for name, tensor in clip.items()}
+            if not all(tensor.isfinite().all() for tensor in rounded.values()):
+                raise ValueError(f"{file.name}: its latents are no finite numbers as {args.dtype}")
+            writer.add(key, captions[file.name], **rounded)
+        except ValueError as error:
+            problems.append(str(error))
             skipped += 1
-            continue
-        pixels = video[None].float() / 127.5 - 1
-        clip = {"latents": codec.encode(pixels), "text": words([captions[file.name]])}
-        if picture:
-            clip["image"] = picture(video[0])
-            clip["condition"] = codec.condition(pixels[:, 0], clip["latents"].shape[1])
-        rounded = {name: tensor[0].to(dtype) for name, tensor in clip.items()}
-        writer.add(file.name, captions[file.name], **rounded)
     for problem in problems:
         print(f"skipped {problem}", file=sys.stderr)
     last = writer.close(words([encoders.NEGATIVE_PROMPT])[0].to(dtype))
@@ -395,8 +505,7 @@ def check(args) -> None:
     for shard in tqdm(shards.manifest["shards"], desc="check"):
         file = args.shards / shard["name"]
         if checksum(file) != shard.get("sha256"):
-            raise ValueError(f"{file}: is not what was written (checksum); delete it and run the "
-                             f"command that made the shards again")
+            raise ValueError(f"{file}: is not what was written (checksum); {AGAIN}")
     print(f"{args.shards}: {len(shards)} clips, latents {shards.latent_shape}, prompts "
           f"{shards.text_shape}: all as written")
 

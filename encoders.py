@@ -21,6 +21,7 @@ class PatchPCA:
     """Stand-in for a video autoencoder: each patch of pixels (P = 2 x 4 x 4 x 3 = 96 values) is
     projected to C principal components. They keep their decaying variances; one scale makes the
     latents' variance 1."""
+    fps = 8                                                      # of the networks' clips
 
     def __init__(self, mean, basis, scale, patch=(2, 4, 4)):
         self.mean, self.basis, self.scale = mean, basis, scale   # (P,), (P, C), ()
@@ -28,14 +29,21 @@ class PatchPCA:
         self.pixels = self.patch[1]                              # of a latent, each way
 
     @classmethod
-    def fit(cls, video: torch.Tensor, channels: int = 48, patch=(2, 4, 4)) -> "PatchPCA":
-        """Fits video (B, T, 3, H, W). ValueError if the patch does not divide it or C > P."""
+    def fit(cls, video, channels: int = 48, patch=(2, 4, 4)) -> "PatchPCA":
+        """Fits video (B, T, 3, H, W), or a function that gives it in parts, each time it is called.
+        ValueError if the patch does not divide it or C > P."""
         if not 1 <= channels <= 3 * prod(patch):
             raise ValueError(f"channels must be 1 to {3 * prod(patch)}, the values of a patch, not "
                              f"{channels}")
-        x = split_patches(video, patch).flatten(0, 3).double()   # (patches, P)
-        mean = x.mean(0)
-        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))    # ascending
+        def patches():
+            for part in video() if callable(video) else [video]:
+                yield split_patches(part, patch).flatten(0, 3).double()            # (patches, P)
+        count, total = 0, 0.0
+        for x in patches():
+            count, total = count + len(x), total + x.sum(0)
+        mean = total / count
+        covariance = sum(x.T @ x for x in (x.sub_(mean) for x in patches())) / count
+        values, vectors = torch.linalg.eigh(covariance)          # ascending
         values, basis = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
         # An eigenvector is known up to its sign: its largest entry is made positive.
         basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
@@ -83,6 +91,13 @@ def split_patches(video: torch.Tensor, patch) -> torch.Tensor:
     x = video.unflatten(4, (-1, q)).unflatten(3, (-1, p)).unflatten(1, (-1, t))
     # x: (B, F, t, 3, h, p, w, q)
     return x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4)
+
+
+def in_parts(dataset, count: int, seed: int, values: int = 2**24):
+    """Yields the first `count` clips of a set (data.py), so many at a time as have `values`."""
+    size = max(1, values // dataset.clips([0])[0].numel())
+    for first in range(0, count, size):
+        yield dataset.clips(range(first, min(first + size, count)), seed=seed)[0]
 
 
 class Words:

@@ -2,7 +2,9 @@
 
     python eval.py            every finished stage of runs/toy-shapes, and the consistency sampler
 
-The evaluation set is fixed: every caption equally often, noise and clips that training never draws.
+The evaluation set is fixed: every caption equally often, noise and clips that training never draws;
+of a folder the clips that it holds out, one in ten by name, each drawn several times from other
+first frames (so that the floor is that of other moments of the same clips).
 
 ed        energy distance to real clips, on the 64 main components of real pixels: that of other
           real clips is 0 on average at any --count; lower is better
@@ -242,7 +244,7 @@ def main(argv=None) -> None:
         models = parse_models(args.run_dir, args.models)
         cli.check_folder(out, "--out")
         config = common_config([folder for _, folder, _ in models])
-        dataset = data.open_data(config["data"], config["frames"], config["size"])
+        dataset = data.open_data(config["data"], config["frames"], config["size"], held_out=True)
         if isinstance(dataset, data.Shards):
             raise ValueError(f"{models[0][1]} was trained on the shards {config['data']}, and "
                              "latents are no clips to compare with: measure it with VBench")

@@ -8,15 +8,13 @@ Legend:  B batch   F latent frames, C channels, h, w   T pixel frames   H, W pic
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import imageio.v3 as iio
-import numpy as np
 import torch
 
 import checkpoint
-import data
 import distributed
 import encoders
 import lora
+import media
 import runs
 import wan
 from cache import Context, append_chunk
@@ -79,12 +77,12 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     else:
         words = encoders.Words(record["vocabulary"], config.text_dim, record["text_length"])
     pipeline = Pipeline(network, codec, words, record["config"], tuple(record["latent_shape"]),
-                        tuple(record["chunks"]), adapter=ADAPTER if adapter else "")
+                        tuple(record["chunks"]), fps=codec.fps,
+                        adapter=ADAPTER if adapter else "")
     if of_wan:
         pipeline.null_prompt = encoders.NEGATIVE_PROMPT
         pipeline.picture = encoders.WanPicture(base, device) if config.image_dim else None
         pipeline.batch = 1
-        pipeline.fps = codec.fps
     return pipeline
 
 
@@ -277,39 +275,31 @@ def given_latents(pipeline: Pipeline, path: Path, is_image: bool, chunks) -> tor
                          "--causal")
     if len(chunks) == 1 and chunks[0] > 1:
         ends = [1]
-    frames = read_frames(path, is_image)
     if is_image:
-        frames = frames * length(1)
-    whole = max((end for end in ends if length(end) <= len(frames)), default=0)
+        video = media.read_picture(path, *sides(pipeline)).expand(length(1), -1, -1, -1)
+    else:
+        most = length(max(ends, default=0)) + 1
+        video = media.read_video(path, *sides(pipeline), pipeline.fps, most)
+    whole = max((end for end in ends if length(end) <= len(video)), default=0)
     if not whole:
-        raise ValueError(f"{path}: {len(frames)} frames; the first chunk takes {length(chunks[0])}"
-                         f", and one more must be left to generate")
-    if length(whole) < len(frames):
-        print(f"{path}: {length(whole)} of its {len(frames)} frames are used, "
+        raise ValueError(f"{path}: {len(video)} frames at {pipeline.fps} a second; the first chunk "
+                         f"takes {length(chunks[0])}, and one more must be left to generate")
+    if length(whole) < len(video):
+        print(f"{path}: its first {length(whole)} frames at {pipeline.fps} a second are used, "
               f"{ends.index(whole) + 1} whole chunks")
-    video = torch.stack([fit(pipeline, frame) for frame in frames[:length(whole)]])
-    return pipeline.codec.encode(video[None].float() / 127.5 - 1)
+    return pipeline.codec.encode(video[None, :length(whole)].float() / 127.5 - 1)
 
 
 def read_picture(pipeline: Pipeline, path: Path) -> tuple:
     """(image, condition) of a first frame, for a network with image inputs: features
     (1, I, image_dim), or None where it takes none, and what is told of the clip
     (1, F, image_channels, h, w). Raises ValueError for what cannot be read."""
-    frame = fit(pipeline, read_frames(path, is_image=True)[0])
+    frame = media.read_picture(path, *sides(pipeline))
     condition = pipeline.codec.condition(frame[None].float() / 127.5 - 1, pipeline.latent_shape[0])
     return pipeline.picture(frame) if pipeline.picture else None, condition
 
 
-def read_frames(path: Path, is_image: bool) -> list[np.ndarray]:
-    try:
-        return [iio.imread(path)] if is_image else list(iio.imiter(path))
-    except data.DECODER_ERRORS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read ({reason})") from None
-
-
-def fit(pipeline: Pipeline, frame: np.ndarray) -> torch.Tensor:
-    """A frame at the size of the model's clips, (3, H, W) uint8."""
+def sides(pipeline: Pipeline) -> tuple[int, int]:
+    """Height and width of the model's clips."""
     height, width = pipeline.latent_shape[2:]
-    pixels = pipeline.codec.pixels
-    return data.fit_frame(frame, height * pixels, width * pixels)
+    return height * pipeline.codec.pixels, width * pipeline.codec.pixels

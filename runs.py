@@ -146,8 +146,8 @@ def open_source(c: Config, fresh: bool):
         if found:
             codec = read_codec(found[-1])
         else:
-            clips = source.clips(range(1024), seed=c.seed)[0]
-            codec = encoders.PatchPCA.fit(clips, PRESETS[c.preset].channels)
+            codec = encoders.PatchPCA.fit(lambda: encoders.in_parts(source, 1024, c.seed),
+                                          PRESETS[c.preset].channels)
         words = encoders.Words.of(source.captions, PRESETS[c.preset].text_dim)
         return encoders.Encoded(source, codec, words)
     except ValueError as error:

@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
+import data  # noqa: E402
 import stages  # noqa: E402
 
 
@@ -23,6 +24,12 @@ def gpus_where_asked(request, monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         if GPUS is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPUS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Decoded videos of tests do not stay."""
+    data.CACHE = tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """From a folder of videos to a clip in Diffusers: encode, three stages, export. On tiny random
 models in the real layouts."""
 import json
+import shutil
 
 import imageio.v3 as iio
 import numpy as np
@@ -11,13 +12,13 @@ import data
 import distributed
 import encoders
 import flowmap
+import media
 import sample
 import train
 import wan
 from cache import teacher_forced
 from config import STAGES, parse_config
 from model import FlowMapDiT
-from pipeline import fit
 
 pytest.importorskip("diffusers", minversion="0.42")
 pytest.importorskip("transformers")
@@ -160,7 +161,7 @@ def test_encoding_goes_on_where_it_was_killed_and_in_parts(base, videos, shards,
     assert not (out / "manifest.json").exists() and len(list(out.glob("part-*.safetensors"))) == 2
     data.main(flags)
     assert len(calls) == 4                                       # only the third clip was left
-    assert "skipped broken.mp4" in capsys.readouterr().err
+    assert "broken.mp4: cannot be read" in capsys.readouterr().err
     for rank in (1, 0):                                          # two processes, each its part
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -172,7 +173,6 @@ def test_encoding_goes_on_where_it_was_killed_and_in_parts(base, videos, shards,
 
 
 def test_damaged_shards_are_named(shards, tmp_path):
-    import shutil
     shutil.copytree(shards, tmp_path / "copy")
     victim = next((tmp_path / "copy").glob("part-*.safetensors"))
     whole = victim.read_bytes()
@@ -253,6 +253,19 @@ def test_shards_of_other_settings_do_not_mix(base, videos, shards, tmp_path, cap
         with pytest.raises(SystemExit):
             encode(base, videos, tmp_path / "out", *flags.split())
         assert message in capsys.readouterr().err
+    for name, content in (("0.txt", "another caption"), ("0.mp4", (videos / "1.mp4").read_bytes())):
+        other = shutil.copytree(videos, tmp_path / name)
+        (other / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(SystemExit):
+            encode(base, other, tmp_path / "out")
+        assert "clips that are not in" in capsys.readouterr().err
+    more = shutil.copytree(videos, tmp_path / "more")            # elsewhere, and one more
+    shutil.copy(videos / "0.mp4", more / "new.mp4")
+    (more / "new.txt").write_text(CAPTIONS[0])
+    encode(base, more, tmp_path / "added")
+    shutil.copytree(tmp_path / "out", tmp_path / "grown")
+    encode(base, more, tmp_path / "grown")
+    assert len(data.Shards(tmp_path / "grown")) == len(data.Shards(tmp_path / "added")) == 4
     assert len(data.Shards(tmp_path / "out")) == 3
 
 
@@ -461,7 +474,8 @@ def test_image_to_video_is_that_of_diffusers(request, tmp_path, kind, height, wi
     pipe.set_progress_bar_config(disable=True)
     z = distributed.noise(ours.latent_shape, "sample", slots=[7])
     import PIL.Image
-    start = PIL.Image.fromarray(fit(ours, IMAGE.numpy()).permute(1, 2, 0).numpy())
+    first = media.read_picture(picture, height, width)
+    start = PIL.Image.fromarray(first.permute(1, 2, 0).numpy())
     expected = pipe(start, CAPTIONS[0], encoders.NEGATIVE_PROMPT, height=height, width=width,
                     num_frames=9, num_inference_steps=4, guidance_scale=3.0,
                     latents=z.transpose(1, 2), output_type="latent").frames.transpose(1, 2)

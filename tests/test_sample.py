@@ -96,7 +96,7 @@ def test_causal_command_lines(finished, tmp_path, capsys):
     assert iio.imread(longer).shape[0] == 12 and "frames are used" not in out
     # 12 frames are given, and 10 of them leave one chunk.
     out = run("--video", str(longer), "--frames", "11", "--out", str(clip))
-    assert "10 of its 12 frames are used, 5 whole chunks" in out
+    assert "its first 10 frames at 8 a second are used, 5 whole chunks" in out
     assert iio.imread(clip).shape[0] == 12
     for name in ("stream.mp4", "stream.gif"):
         out = run("--stream", "--frames", "16", "--out", str(tmp_path / name),

@@ -1,4 +1,5 @@
 """sample.py and eval.py on a finished run: whole clips, and chunk by chunk."""
+import itertools
 import json
 
 import imageio.v3 as iio
@@ -7,7 +8,9 @@ import torch
 
 import distributed
 import eval as evaluation
+import flowmap
 import sample
+from cache import Context
 
 PROMPTS = ["a red circle moving left", "a blue square moving up"]
 GRID = [1.0, 0.6, 0.0]
@@ -57,6 +60,32 @@ def test_a_stream_is_the_clip_piece_by_piece(causal):
     # With guidance two contexts go along.
     guided = list(sample.stream(causal, PROMPTS, [3, 4], GRID, guidance=3.0))
     assert all((a - b).abs().max() > 1e-4 for a, b in zip(guided, pieces))
+
+
+def test_a_video_without_end_begins_as_a_short_one_and_takes_prompts_between_chunks(causal):
+    prompts = {2: PROMPTS[1]}
+    short = clip_of(causal, prompt_at=prompts)
+    later = {}
+    endless = sample.latents(causal, PROMPTS[:1], [3], GRID, chunks=itertools.repeat(1),
+                             prompt_at=later)
+    chunks = [next(endless), next(endless)]
+    later |= prompts
+    chunks += [next(endless) for _ in range(6)]
+    assert torch.equal(torch.cat(chunks[:4], 1), short) and not torch.equal(chunks[4], chunks[5])
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_every_step_is_seen_as_it_ends(bidirectional, sampler):
+    seen = []
+    z_0 = clip_of(bidirectional, sampler=sampler, on_step=seen.append)
+    assert len(seen) == 2 and torch.equal(seen[1], z_0)
+    # Of the Euler steps, the first leads where the first of a shorter way leads.
+    if sampler == "euler":
+        u = flowmap.conditioned(bidirectional.network, Context(bidirectional.words(PROMPTS[:1])))
+        z_1 = distributed.noise(seen[0].shape[1:], "sample", slots=[3])
+        with torch.no_grad():
+            z_r = flowmap.flow_map(u, z_1, torch.tensor([1.0]), torch.tensor([0.6]))
+        torch.testing.assert_close(seen[0], z_r)
 
 
 def test_a_teacher_is_guided(finished):

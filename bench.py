@@ -36,7 +36,7 @@ import train
 import updates
 from cache import Context, append_chunk
 from config import STAGES, Config, chunks_of, recipe
-from model import PRESETS, FlowMapDiT, ModelConfig
+from model import PRESETS, FlowMapDiT, ModelConfig, rotary_table
 
 # Height and width of the latents.
 SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52),
@@ -180,6 +180,7 @@ def plan(case: Case) -> dict:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.gpus)
     world = distributed.World(0, case.gpus, torch.device("cpu"))
+    rotary_table.cache_clear()                       # fake tables are for fake calls
     try:
         nets, parts = build(case, world, lambda: mode)
         out, ledger = kept(nets, parts), Ledger(case.gpus)
@@ -191,6 +192,7 @@ def plan(case: Case) -> dict:
                 update(case, nets, parts, world)
     finally:
         torch.distributed.destroy_process_group()
+        rotary_table.cache_clear()
     peak = sum(found["Total"] for found in ledger.get_tracker_snapshot("peak").values())
     return out | {"activations": peak - sum(out.values()), "peak": peak,
                   "gathered": ledger.gathered, "reduced": ledger.reduced}

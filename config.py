@@ -110,6 +110,10 @@ class Config:
     log_every: int = flag(10, "updates between rows of log.jsonl")
     max_skips: int = flag(5, "stop after this many updates in a row with a non-finite gradient")
 
+    @property
+    def forward_loss(self) -> meanflow.Settings:
+        return meanflow.Settings(self.guidance, self.epsilon, self.derivative)
+
 
 # A later stage takes these over from the stage before it, unless a flag says otherwise.
 OF_THE_RUN = ("preset", "data", "frames", "size", "seed", "shift", "guidance", "text_drop",

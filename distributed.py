@@ -105,6 +105,14 @@ def sync_gradients(network: torch.nn.Module, on: bool) -> None:
         base.set_requires_gradient_sync(on)
 
 
+def sent(tensor: torch.Tensor, device) -> torch.Tensor:
+    """A tensor of the host on a device. The host does not wait for a GPU to take it: it lies in
+    pinned memory until then."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def sum_over_ranks(*values: float, world: World) -> list[float]:
     dtype = torch.float64 if world.device.type == "cpu" else torch.float32
     total = torch.tensor(values, dtype=dtype, device=world.device)
@@ -122,7 +130,7 @@ class RunningMean:
 
     def add(self, values: torch.Tensor, default: float) -> torch.Tensor:
         """The mean (), or `default` while there is nothing. Every rank must call it."""
-        found = torch.stack([values.sum().double(), values.new_tensor(len(values)).double()])
+        found = torch.stack([values.sum().double(), values.new_full((), len(values)).double()])
         if self.size > 1:
             dist.all_reduce(found)
         self.total = self.total + found

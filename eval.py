@@ -4,8 +4,10 @@
 
 The evaluation set is fixed: every caption equally often, noise and clips that training never draws.
 
-fd        Frechet distance to real clips, on the 64 main components of real pixels; lower is better
-fd_teach  the same to the guided teacher's 50-step samples, which is what distillation aims at
+ed        energy distance to real clips, on the 64 main components of real pixels: that of other
+          real clips is 0 on average at any --count; lower is better
+ed_teach  the same to the guided teacher's 50-step samples, which is what distillation aims at
+fd        Frechet distance to real clips, on the same components
 acc       share of clips in which every attribute of the caption is read back right
 psnr      likeness (dB) of a clip to the nearest that the toy set could have drawn: realism
 fd_chunks fd of each chunk's frames alone, for causal runs: a rise is drift (exposure bias)
@@ -13,8 +15,8 @@ fd_chunks fd of each chunk's frames alone, for causal runs: a rise is drift (exp
 With --length K a causal model makes clips of K times the trained length, and each stretch of the
 trained length ("model #1", "model #2", ...) is measured as a clip.
 
-Distances depend on the number of samples: compare only at the same --count. The printed floor is
-the distance of fresh real clips, its +- the noise to expect at that count.
+Frechet distances depend on the number of samples: compare only at the same --count. The printed
+floor is the distance of fresh real clips, its +- the noise to expect at that count.
 """
 import json
 import time
@@ -46,8 +48,11 @@ class Frechet:
         self.basis = basis[:components].T                        # (pixels, components)
         self.real = self.statistics(real)
 
+    def features(self, clips: torch.Tensor) -> torch.Tensor:
+        return (clips.flatten(1).double() - self.mean) @ self.basis
+
     def statistics(self, clips: torch.Tensor):
-        features = (clips.flatten(1).double() - self.mean) @ self.basis
+        features = self.features(clips)
         return features.mean(0), features.T.cov()
 
     @staticmethod
@@ -58,6 +63,25 @@ class Frechet:
         root = vectors * values.clamp(min=0).sqrt() @ vectors.T
         cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
         return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def mean_distance(x: torch.Tensor, kinds: int = 0) -> float:
+    """Of two independent samples, from samples x (N, D). kinds > 0: row i is of kind i mod kinds,
+    and two independent samples are of the same kind in one case of `kinds`."""
+    rows = torch.arange(len(x)) % (kinds or len(x))
+    same, distances = rows[:, None] == rows, torch.cdist(x, x)
+    different = distances[~same].mean()
+    if not len(x) > kinds > 0:                       # no two rows are of the same kind
+        return different.item()
+    alike = distances.sum() - distances[~same].sum()             # a row and itself are 0 apart
+    alike = alike / (same.sum() - len(x))
+    return (different + (alike - different) / kinds).item()
+
+
+def energy_distance(x: torch.Tensor, y: torch.Tensor, spread_x: float, spread_y: float) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'| of samples (N, D) and (M, D), whose own mean distances
+    are given: 0 when the distributions agree. Without bias, so that it may fall below 0."""
+    return 2 * torch.cdist(x, y).mean().item() - spread_x - spread_y
 
 
 def psnr(clips: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -73,7 +97,7 @@ def accuracy(dataset, clips: torch.Tensor, captions: list[str]) -> dict[str, flo
             **{name: values.double().mean().item() for name, values in right.items()}}
 
 
-def draw_figure(path: Path, rows: list[dict], floor: float) -> bool:
+def draw_figure(path: Path, rows: list[dict]) -> bool:
     """Distance and accuracy against steps, a line for each model. False without matplotlib."""
     try:
         import matplotlib
@@ -81,7 +105,7 @@ def draw_figure(path: Path, rows: list[dict], floor: float) -> bool:
         return False
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    titles = {"fd": "Frechet distance to real clips", "acc": "prompt accuracy"}
+    titles = {"ed": "energy distance to real clips", "acc": "prompt accuracy"}
     metrics = [key for key in titles if key in rows[0]]
     figure, axes = plt.subplots(1, len(metrics), figsize=(5.5 * len(metrics), 4), squeeze=False)
     for axis, key in zip(axes[0], metrics):
@@ -94,9 +118,8 @@ def draw_figure(path: Path, rows: list[dict], floor: float) -> bool:
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        if key == "fd":
+        if key == "ed":
             axis.set(yscale="log")
-            axis.axhline(floor, color="grey", linestyle=":", label="real clips")
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -120,7 +143,10 @@ class EvaluationSet:
         if lengths:
             self.chunk_spaces = [Frechet(part) for part in reference.split(lengths, 1)]
         self.captions = self.real_clips(1)[1]
-        self.teacher = None                                      # statistics of its clips
+        self.kinds = len(dataset.captions) if self.prompts else 0
+        real = self.space.features(reference)
+        self.real = real, mean_distance(real)
+        self.teacher = None                                      # the same of its clips
 
     def real_clips(self, seed: int):
         return self.dataset.clips(range(self.count), seed=HELD_OUT + seed, captions=self.prompts)
@@ -128,9 +154,12 @@ class EvaluationSet:
     def summary(self, config: dict) -> dict:
         """What real clips score."""
         clips = [self.real_clips(seed)[0] for seed in range(1, 6)]
-        floors = torch.tensor([self.distance(self.space, some) for some in clips])
-        summary = {"count": self.count, "floor": floors.mean().item(),
-                   "floor_std": floors.std().item(), "config": config}
+        summary = {"count": self.count, "config": config}
+        floors = {"ed": [self.energy(some, self.real) for some in clips],
+                  "fd": [self.distance(self.space, some) for some in clips]}
+        for name, values in floors.items():
+            std, mean = torch.std_mean(torch.tensor(values))
+            summary |= {f"real_{name}": mean.item(), f"real_{name}_std": std.item()}
         if self.dataset.attributes:
             summary["real_accuracy"] = accuracy(self.dataset, clips[0], self.captions)
             summary["real_psnr"] = self.likeness(clips[0])
@@ -139,14 +168,24 @@ class EvaluationSet:
     def distance(self, space: Frechet, clips: torch.Tensor) -> float:
         return space.distance(space.statistics(clips), space.real)
 
+    def features(self, clips: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Of clips of the prompts in turn, with their mean distance."""
+        features = self.space.features(clips)
+        return features, mean_distance(features, self.kinds)
+
+    def energy(self, clips: torch.Tensor, others) -> float:
+        (x, spread), (y, spread_y) = self.features(clips), others
+        return energy_distance(x, y, spread, spread_y)
+
     def likeness(self, clips: torch.Tensor) -> float:
         return psnr(clips, self.dataset.nearest(clips)).mean().item()
 
     def scores(self, clips: torch.Tensor) -> dict:
         """Every metric of clips (count, T, 3, H, W) of these captions."""
-        scores = {"fd": self.distance(self.space, clips)}
+        scores = {"ed": self.energy(clips, self.real)}
         if self.teacher:
-            scores["fd_teach"] = Frechet.distance(self.space.statistics(clips), self.teacher)
+            scores["ed_teach"] = self.energy(clips, self.teacher)
+        scores["fd"] = self.distance(self.space, clips)
         if self.dataset.attributes:
             right = accuracy(self.dataset, clips, self.captions)
             scores |= {"acc": right.pop("all"), "psnr": self.likeness(clips), **right}
@@ -222,7 +261,7 @@ def main(argv=None) -> None:
     (out / "table.md").write_text(table + "\n")
     (out / "results.json").write_text(json.dumps({**summary, "rows": rows}, indent=1))
     written = ["table.md", "results.json", *draw_sheets(out, pictures)]
-    if draw_figure(out / "curve.png", rows, summary["floor"]):
+    if draw_figure(out / "curve.png", rows):
         written.append("curve.png")
     else:
         print("no figure: it needs matplotlib (pip install matplotlib)")
@@ -255,7 +294,7 @@ def measure(evaluation: EvaluationSet, models, pipelines, args) -> tuple[list[di
     if teachers:
         seed = HELD_OUT + len(captions)
         clips = sample(teachers[0], "euler", TEACHER_STEPS, seed, captions, args)
-        evaluation.teacher = evaluation.space.statistics(clips[:, :dataset.frames])
+        evaluation.teacher = evaluation.features(clips[:, :dataset.frames])
         bar.update(TEACHER_STEPS)
     for label, pipeline, sampler, steps in jobs:
         clips = sample(pipeline, sampler, steps, HELD_OUT, captions, args)
@@ -274,7 +313,8 @@ def to_table(rows: list[dict], summary: dict) -> str:
     for row in rows:
         cells = " | ".join(to_cell(key, row[key]) for key in columns)
         lines.append(f"| {row['model']} | {row['steps']} | {cells} |")
-    floor = f"fd {summary['floor']:.1f} +- {summary['floor_std']:.1f}"
+    floor = ", ".join(f"{name} {to_cell(name, summary[f'real_{name}'])} +- "
+                      f"{to_cell(name, summary[f'real_{name}_std'])}" for name in ("ed", "fd"))
     if "real_psnr" in summary:
         floor += f", acc {summary['real_accuracy']['all']:.3f}, psnr {summary['real_psnr']:.1f}"
     return "\n".join(lines) + f"\n\n{summary['count']} clips each; real clips: {floor}"
@@ -283,7 +323,7 @@ def to_table(rows: list[dict], summary: dict) -> str:
 def to_cell(metric: str, value) -> str:
     if metric == "fd_chunks":
         return " ".join(f"{x:.1f}" for x in value)
-    return f"{value:.1f}" if metric in ("fd", "fd_teach", "psnr") else f"{value:.3f}"
+    return f"{value:.1f}" if metric in ("fd", "psnr") else f"{value:.3f}"
 
 
 def draw_sheets(out: Path, pictures: dict) -> list[str]:

@@ -9,6 +9,8 @@ Pure functions of tensors. `network` is any callable u(z, t, r, context) that re
 indexable by sample, is the prompt and what else it knows (features (B, T, text_dim), or a Context).
 Latents are (B, F, C, H, W) in fp32, times (B,) float32 in [0, 1] with t >= r.
 """
+from dataclasses import dataclass
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -39,36 +41,40 @@ def exact_derivative(u, z_t, t, r, v, epsilon=None):
 DERIVATIVES = {"finite-difference": finite_difference, "jvp": exact_derivative}
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Of the forward loss."""
+    guidance: float = 3.0        # w; 1 is none, which also saves the u_0 pass
+    epsilon: float = 0.005       # half width of the finite difference
+    derivative: str = "finite-difference"
+
+
 def meanflow_error(network, x, n, t, r, context, null_context, dropped,
-                   guidance: float = 3.0, epsilon: float = 0.005,
-                   derivative: str = "finite-difference", all_ranks_differentiate: bool = False):
+                   settings: Settings, flow_rows: int = 0):
     """err (B,) of the forward loss, with gradient through u_c only.
 
     context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose
     prompt is the empty one; their u_c and u_0 are one output, trained towards the plain velocity.
-    guidance: w, the classifier-free guidance scale (1 = none, which also saves the u_0 pass).
-    all_ranks_differentiate: make the calls of the derivative even if no row here needs them. Under
-    FSDP all ranks must make the same calls: True when any rank of the micro-batch has a row r < t.
+    flow_rows: how many rows, the first ones, need no derivative: r = t there multiplies it by zero.
+    A number, since asking the tensors would make the host wait for a GPU.
     """
-    z_t, v, gap = interpolate(x, n, t), n - x, r < t
-    w = torch.where(dropped, 1.0, guidance).to(t)                           # (B,)
+    z_t, v = interpolate(x, n, t), n - x
+    w = torch.where(dropped, 1.0, settings.guidance).to(t)                  # (B,)
     F = network(z_t, t, r, context)
-    if guidance != 1:
+    if settings.guidance != 1:
         with torch.no_grad():
             u_0 = network(z_t, t, r, null_context)
         F = (F - expand(1 - w, F) * u_0) / expand(w, F)
 
-    # Rows with r = t would multiply the derivative by zero: they are left out of its batch.
     target = v
-    if all_ranks_differentiate or gap.any():
-        rows, levels = gap.nonzero().squeeze(1), r
-        if not len(rows):               # any row: its t - r is 0; level 0 leaves room below t
-            rows = torch.zeros(1, dtype=torch.long, device=t.device)
-            levels = torch.zeros_like(r)
-        # A long past is large to copy: with all rows the context stays as it is.
-        u = conditioned(network, context if len(rows) == len(t) else context[rows])
-        dF_dt = DERIVATIVES[derivative](u, z_t[rows], t[rows], levels[rows], v[rows], epsilon)
-        target = v.index_add(0, rows, -expand((t - r)[rows] / w[rows], dF_dt) * dF_dt)
+    if flow_rows < len(t):
+        rows = slice(flow_rows, None)
+        u = conditioned(network, context[rows])
+        levels = torch.where(r < t, r, 0.0)      # at r = t any will do that leaves room below t
+        derivative = DERIVATIVES[settings.derivative]
+        dF_dt = derivative(u, z_t[rows], t[rows], levels[rows], v[rows], settings.epsilon)
+        change = expand((t - r)[rows] / w[rows], dF_dt) * dF_dt
+        target = torch.cat([v[:flow_rows], v[rows] - change])
     return (F - target).square().flatten(1).mean(1)
 
 

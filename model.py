@@ -19,6 +19,7 @@ An image-to-video network (Wan2.1-I2V) gets the picture in the `Context` too: as
 beside the prompt's in cross-attention, and as channels beside those of z.
 """
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -70,15 +71,15 @@ def time_features(t: torch.Tensor, width: int, scale: float) -> torch.Tensor:
 
 
 def axis_rotations(positions: torch.Tensor, dim: int) -> torch.Tensor:
-    """Unit complex numbers (n, dim / 2) that rotate by positions (n,) along one axis."""
+    """Cosines and sines (n, dim / 2, 2) of the turns by positions (n,) along one axis."""
     powers = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
     angles = positions.double()[:, None] * 10000.0 ** -powers
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotary_angles(frames: torch.Tensor, height: int, width: int, head_dim: int,
-                  stride: int = 1) -> torch.Tensor:
-    """Unit complex rotations (F, h * w, K / 2) of a token grid, for the 3-D rotary embedding.
+def grid_rotations(frames: torch.Tensor, height: int, width: int, head_dim: int,
+                   stride: int = 1) -> torch.Tensor:
+    """Cosines and sines (F, h * w, K / 2, 2) of a token grid, for the 3-D rotary embedding.
 
     frames: positions (F,) of the latent frames, any numbers: a chunk may sit anywhere in a video.
     The head's channels split into time, height, width as (K - 4 (K // 6), 2 (K // 6), 2 (K // 6)).
@@ -92,18 +93,36 @@ def rotary_angles(frames: torch.Tensor, height: int, width: int, head_dim: int,
     by_frame = axis_rotations(frames, head_dim - 2 * axis_dim)
     by_row = axis_rotations(rows, axis_dim)
     by_column = axis_rotations(columns, axis_dim)
-    size = (len(frames), height, width, -1)
+    size = (len(frames), height, width, -1, 2)
     grid = torch.cat([by_frame[:, None, None].expand(size),
                       by_row[None, :, None].expand(size),
-                      by_column[None, None].expand(size)], dim=-1)           # (F, h, w, K / 2)
-    return grid.flatten(1, 2).to(torch.complex64)
+                      by_column[None, None].expand(size)], dim=3)         # (F, h, w, K / 2, 2)
+    return grid.flatten(1, 2).float()
+
+
+# Calls with the same past share a table: the steps of a chunk, the calls of a forward loss.
+@lru_cache(maxsize=8)
+def rotary_table(places: tuple, height: int, width: int, head_dim: int, device) -> torch.Tensor:
+    """Rotations (L', K / 2, 2) of chunks' tokens. places: (start, frames, stride) of each; height
+    and width in patches of stride 1."""
+    tables = []                                                          # one for a stride
+    for stride, group in groupby(places, key=lambda place: place[2]):
+        frames = torch.cat([torch.arange(start, start + count, device=device)
+                            for start, count, _ in group])
+        table = grid_rotations(frames, height // stride, width // stride, head_dim, stride)
+        tables.append(table.flatten(0, 1))
+    return torch.cat(tables)
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Turn interleaved channel pairs of x (B, N, L, K), as complex numbers, by rope (L, K / 2)."""
+    """Turn interleaved channel pairs of x (B, N, L, K) by rope (L, K / 2, 2)."""
     pairs = x.float().unflatten(-1, (-1, 2)).contiguous()                    # (B, N, L, K / 2, 2)
-    turned = torch.view_as_complex(pairs) * rope                             # (B, N, L, K / 2)
-    return torch.view_as_real(turned).flatten(-2).type_as(x)
+    if torch.compiler.is_compiling():        # makes one kernel of this, but none of complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)               # (B, N, L, K / 2) each
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:                                    # one pass over memory, where those are seven
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).type_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -188,7 +207,7 @@ class Attention(nn.Module):
         """x (B, L, D) asks, keys and values (B, L', D) answer -> (B, L, D).
 
         image: keys and values of image tokens, whose answer, with its own softmax, is added.
-        rope: (L', K / 2) turns the keys and, with its end, the queries. spans: as for `attend`.
+        rope: (L', K / 2, 2) turns the keys and, with its end, the queries. spans: as for `attend`.
         """
         q = self.split_heads(self.norm_q(self.q(x, adapter)))
         k = self.split_heads(keys)
@@ -262,11 +281,12 @@ class Block(nn.Module):
         """x (B, F, S, D) -> (x, keys and values of its tokens).
 
         modulation (B, F or 1, 6, D) in fp32; text (B, T, D) with image (B, I, D) or None, or what
-        `encode_prompt` made of them; rope (L', K / 2); cache: keys and values of each chunk before.
+        `encode_prompt` made of them; rope (L', K / 2, 2); cache: each earlier chunk's keys, values.
         """
         arguments = (x, modulation, text, image, rope, spans, cache, adapter)
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, *arguments, use_reentrant=False)
+            return checkpoint(self.compute, *arguments, use_reentrant=False,
+                              preserve_rng_state=False)      # nothing here is random
         return self.compute(*arguments)
 
     def compute(self, x, modulation, text, image, rope, spans, cache, adapter):
@@ -458,7 +478,9 @@ class FlowMapDiT(nn.Module):
         if sum(chunks) != F:
             raise ValueError(f"{F} latent frames, but chunks of {list(chunks)}")
         z = self.with_condition(z, context)
-        rope = self.rope_table(z, embed, context)
+        places = [(chunk.start, chunk.frames, chunk.stride) for chunk in context.cache]
+        places.append((context.start, F, embed.patch // c.patch))
+        rope = rotary_table(tuple(places), H // c.patch, W // c.patch, c.dim // c.heads, z.device)
         modulation = self.time_proj(nnf.silu(e)).unflatten(-1, (6, -1)).float()
         text, image = context.text, None
         if isinstance(text, torch.Tensor):
@@ -486,20 +508,6 @@ class FlowMapDiT(nn.Module):
             raise ValueError(f"Context.condition, what is told of the clip: {found} is there, this "
                              f"network wants {wanted}")
         return z if condition is None else torch.cat([z, condition], 2)
-
-    def rope_table(self, z, embed: PatchEmbed, context: Context) -> torch.Tensor:
-        """Rotations (L', K / 2) of the cache's tokens, then z's own."""
-        c = self.config
-        B, F, C, H, W = z.shape
-        own = CachedChunk(context.start, F, embed.patch // c.patch, ())
-        tables = []                                                          # one for a stride
-        for stride, group in groupby([*context.cache, own], key=lambda chunk: chunk.stride):
-            frames = torch.cat([torch.arange(chunk.start, chunk.stop, device=z.device)
-                                for chunk in group])
-            patch = stride * c.patch
-            table = rotary_angles(frames, H // patch, W // patch, c.dim // c.heads, stride)
-            tables.append(table.flatten(0, 1))
-        return torch.cat(tables)
 
 
 def gaussian_average_velocity(z, t, r, std: float) -> torch.Tensor:

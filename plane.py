@@ -137,7 +137,8 @@ def flow_map_loss(net: Net, g: torch.Generator):
     t, r = flowmap.flow_map_times(g, CLIPS, SHIFT)
     prompt, dropped = torch.zeros(CLIPS, 0), torch.zeros(CLIPS, dtype=torch.bool)   # there are none
     err = meanflow.meanflow_error(net, draw_data(g), draw_noise(g), t, r,
-                                  prompt, prompt, dropped, guidance=1.0)
+                                  prompt, prompt, dropped, meanflow.Settings(guidance=1.0),
+                                  flow_rows=int((r == t).sum()))
     mu = err.detach()[r == t].mean()
     return meanflow.balanced_loss(err, t, r, flowmap.time_weight(t, "beta", SHIFT), mu)
 

@@ -16,6 +16,7 @@ import flowmap
 import meanflow
 from cache import Context, append_chunk, teacher_forced
 from config import STAGES, Config, chunks_of
+from distributed import sent
 
 
 @dataclass
@@ -58,8 +59,8 @@ class Batch:
     def to(self, device) -> "Batch":
         """The same on a device; not the rollouts, whose noise is moved when it is used."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {n: v.to(device) for n, v in values.items() if isinstance(v, torch.Tensor)}
-        conditioning = {name: v.to(device) for name, v in self.conditioning.items()}
+        moved = {n: sent(v, device) for n, v in values.items() if isinstance(v, torch.Tensor)}
+        conditioning = {name: sent(v, device) for name, v in self.conditioning.items()}
         return replace(self, **moved, conditioning=conditioning)
 
 
@@ -176,9 +177,11 @@ def flow_map_error(student, batch: Batch, c: Config) -> torch.Tensor:
         null = clean_past(student, batch, batch.null_text, c) if c.guidance != 1 else None
     kept = clean_past(student, batch, kept_text(batch), c)
     x = batch.x[:, batch.start:sum(batch.chunks)]
-    return meanflow.meanflow_error(
-        student, x, batch.n, batch.t, batch.r, kept, null, batch.dropped, c.guidance, c.epsilon,
-        c.derivative, all_ranks_differentiate=batch.some_gap)
+    # Under FSDP all ranks make the same calls: where another one has a row with r < t and this one
+    # has none, it differentiates its last row, which changes nothing.
+    flow_rows = min(batch.roles[0], len(x) - batch.some_gap)
+    return meanflow.meanflow_error(student, x, batch.n, batch.t, batch.r, kept, null,
+                                   batch.dropped, c.forward_loss, flow_rows)
 
 
 def clean_past(student, batch: Batch, text, c: Config) -> Context:
@@ -193,7 +196,8 @@ def whole_clip_error(student, batch: Batch, c: Config) -> torch.Tensor:
     kept = Context(kept_text(batch), **batch.conditioning)
     null = Context(batch.null_text, **batch.conditioning)
     return meanflow.meanflow_error(student, batch.x, batch.whole_noise, batch.whole_t,
-                                   batch.whole_t, kept, null, batch.dropped, c.guidance)
+                                   batch.whole_t, kept, null, batch.dropped, c.forward_loss,
+                                   flow_rows=len(batch.x))
 
 
 def roll_out(student, batch: Batch, rollout: Rollout, c: Config, graph: str = "", made=None):
@@ -203,9 +207,10 @@ def roll_out(student, batch: Batch, rollout: Rollout, c: Config, graph: str = ""
     graph: "last" or "all" chunks keep theirs, or none. made (B, F, C, H, W): the clip of a rollout
     before, whose chunks are made again, each against the cache of what was made.
     """
-    simulation, renoise = backward_sim.SIMULATIONS[c.rollout], iter(rollout.renoise)
+    simulation, device = backward_sim.SIMULATIONS[c.rollout], batch.x.device
+    renoise = (sent(noise, device) for noise in rollout.renoise)
     context, start = Context(batch.text, **batch.conditioning), 0
-    z_1 = rollout.z_1.to(batch.x.device)
+    z_1 = sent(rollout.z_1, device)
     for frames in chunks_of(c, z_1.shape[1]):
         stop = start + frames
         is_last = stop == z_1.shape[1]

@@ -163,7 +163,8 @@ def test_compressed_patch_embedding_starts_as_the_interpolated_one():
 
 
 def test_compressed_rotations_are_the_renormalised_mean_of_those_they_cover():
-    fine, coarse = (model.rotary_angles(torch.arange(2), 4 // s, 6 // s, 24, s) for s in (1, 2))
+    tables = (model.grid_rotations(torch.arange(2), 4 // s, 6 // s, 24, s) for s in (1, 2))
+    fine, coarse = (torch.view_as_complex(table) for table in tables)
     mean = fine.view(2, 2, 2, 3, 2, 12).mean((2, 4))             # (F, h, w, K / 2), of 2 x 2 each
     torch.testing.assert_close(coarse.view(2, 2, 3, 12), mean / mean.abs(), rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,5 @@
 """The three losses and the rollouts against closed forms, autograd and each other."""
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -36,11 +37,14 @@ def small_network():
 
 # --- meanflow.py
 
-def plain_error(x, n, t, r, dropped=KEPT, guidance=1.0, **options):
+PLAIN = meanflow.Settings(guidance=1.0)
+
+
+def plain_error(x, n, t, r, dropped=KEPT, flow_rows=0, **settings):
     """The forward loss of the exact u of DATA, by default without guidance."""
     text = TEXT[:len(x)]
     return meanflow.meanflow_error(DATA.u, x, n, t, r, text, text, dropped[:len(x)],
-                                   guidance=guidance, **options)
+                                   replace(PLAIN, **settings), flow_rows)
 
 
 def test_exact_average_velocity_is_a_fixed_point_and_the_error_shrinks_as_epsilon_squared():
@@ -81,7 +85,8 @@ def test_guidance_fusion_and_target_are_the_papers_formula():
     above, below = network(z_t + e * v, t + e, r, text), network(z_t - e * v, t - e, r, text)
     dF_dt = (above - below) / (2 * e * w)
     expected = (F - (v - (t - r)[:, None] * dF_dt)).square().mean(1)
-    err = meanflow.meanflow_error(network, x, n, t, r, text, null, KEPT[:8], w, e)
+    settings = meanflow.Settings(w, e)
+    err = meanflow.meanflow_error(network, x, n, t, r, text, null, KEPT[:8], settings)
     torch.testing.assert_close(err, expected)
 
 
@@ -100,16 +105,17 @@ def test_derivative_is_never_computed_for_flow_matching_rows():
     z, t, r = points(8)
     r[:5] = t[:5]
     text, null = torch.ones(8, 1, 1), torch.zeros(8, 1, 1)
-    meanflow.meanflow_error(network, z, z, t, r, text, null, KEPT[:8])
+    guided = meanflow.Settings()
+    meanflow.meanflow_error(network, z, z, t, r, text, null, KEPT[:8], guided, flow_rows=5)
     assert sizes == [8, 8, 3, 3]                         # u_c, u_0, two points of rows r < t
     sizes.clear()
-    meanflow.meanflow_error(network, z, z, t, t, text, null, KEPT[:8], guidance=1.0)
+    meanflow.meanflow_error(network, z, z, t, t, text, null, KEPT[:8], PLAIN, flow_rows=8)
     assert sizes == [8]
     # Under FSDP another rank may differentiate: the calls are made, and change nothing.
     t[0] = 1
-    err = plain_error(z, z, t, t)
-    assert err.isfinite().all()
-    same = plain_error(z, z, t, t, all_ranks_differentiate=True)
+    err = plain_error(z, z, t, t, flow_rows=8)
+    same = plain_error(z, z, t, t)
+    assert same.isfinite().all()
     torch.testing.assert_close(err, same, rtol=0, atol=0)
 
 

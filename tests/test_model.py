@@ -67,7 +67,7 @@ def test_rotary_attention_depends_on_distances_only():
     g = generator("rotary")
     q, k = torch.randn(2, 1, 2, 24, 16, generator=g)
     def scores(first):
-        rope = model.rotary_angles(torch.arange(first, first + 2), 3, 4, 16).flatten(0, 1)
+        rope = model.grid_rotations(torch.arange(first, first + 2), 3, 4, 16).flatten(0, 1)
         return model.rotate(q, rope) @ model.rotate(k, rope).mT
     torch.testing.assert_close(scores(0), scores(37), rtol=1e-4, atol=1e-4)
     assert (scores(0) - q @ k.mT).abs().max() > 0.1

@@ -34,8 +34,8 @@ def guided(u_c, u_0, scale: float):
 
 
 def watched(u, on_step):
-    """The callable u, telling on_step after each call where it leads: z_r, which for the consistency
-    sampler is its z_0 before it is noised again."""
+    """The callable u, telling on_step after each call where it leads: to z_r, for the consistency
+    sampler to its z_0 before it is noised again."""
     def seen(z, t, r):
         velocity = u(z, t, r)
         on_step(z - expand(t - r, z) * velocity)

@@ -178,6 +178,7 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
 
     noise = distributed.noise_stream("sample", slots=seeds)
     renoise = distributed.noise_stream("renoise", slots=seeds)
+    z_0 = None
     for m, frames in enumerate(chunks):
         if m:
             context = append_chunk(net, context, z_0, full_chunks, window)

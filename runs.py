@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import cli
 import data
 import distributed
@@ -196,6 +197,23 @@ def record(c: Config, source, first: int, sums: dict) -> None:
     rows = log.read_text().splitlines(keepends=True) if log.exists() else []
     whole = [row for row in rows if row.endswith("}\n")]           # the last may be cut short
     data.write_text(log, "".join(row for row in whole if json.loads(row)["step"] <= first))
+
+
+def ship(run, to) -> None:
+    """Copies of a run's models, to be sampled and not trained further: weights in bf16, codec and
+    record. Without the causal flow map, whose student does what it does."""
+    for stage in ("pretrain", "flowmap", "distill", "causal-distill"):
+        source, target = Path(run) / stage, Path(to) / stage
+        config, tensors, _ = checkpoint.load_model(source)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        checkpoint.save_model(target, rounded, config, is_main=True)
+        shutil.copyfile(source / CODEC, target / CODEC)
+        found = read_record(source)
+        found["config"] |= {"run_dir": str(to), "base": ""}      # another machine's paths
+        del found["launch"]
+        data.write_text(target / "config.json", json.dumps(found, indent=1))
 
 
 def git_revision() -> str:

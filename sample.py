@@ -21,6 +21,7 @@ import data
 import distributed
 import encoders
 import flowmap
+import runs
 from config import folder_of
 from pipeline import (
     SAMPLERS,
@@ -33,6 +34,8 @@ from pipeline import (
     read_picture,
     stream,
 )
+
+SHIPPED = Path(__file__).parent / "assets" / "toy"          # a run without what training needs
 
 
 def to_pixels(video: torch.Tensor, height: int = 128) -> np.ndarray:
@@ -78,6 +81,15 @@ def newest_stage(run: Path, causal: bool = False) -> Path:
                      f"--run-dir {run}")
 
 
+def default_run() -> Path:
+    """The run of no --run-dir: the toy one or, until a stage of it is finished, what is shipped."""
+    toy = Path("runs/toy-shapes")
+    if not SHIPPED.is_dir() or any(map(runs.finished, toy.glob("*"))):
+        return toy
+    print(f"no run in {toy} yet: the models of {SHIPPED} are used")
+    return SHIPPED
+
+
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Sample clips from a trained run.",
@@ -86,7 +98,8 @@ def make_parser() -> cli.Parser:
     add("--prompt", action="append", default=[], help="what to show; repeatable (default none)")
     add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or a .json list of prompts "
         "or of VBench's entries with prompt_en (default none)")
-    add("--run-dir", type=Path, help="the run (default runs/toy-shapes)")
+    add("--run-dir", type=Path, help="the run (default runs/toy-shapes; what is shipped, until it "
+        "is there)")
     add("--causal", action="store_true", help="sample the run's causal student (default off)")
     add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: of --run-dir)")
     add("--base", type=Path, help="the weights' pipeline folder, for its encoders: Wan2.1 or "
@@ -198,7 +211,7 @@ def main(argv=None) -> None:
         prompts = read_prompts(args)
         check(args)
         times = read_grid(args.grid) if args.grid else None
-        run = args.run_dir or Path("runs/toy-shapes")
+        run = args.run_dir or default_run()
         named = args.stage and run / folder_of(args.stage, args.causal)
         stage = args.ckpt or named or newest_stage(run, args.causal)
         world = distributed.start(args.device)

@@ -9,6 +9,7 @@ import torch
 import distributed
 import eval as evaluation
 import flowmap
+import runs
 import sample
 from cache import Context
 
@@ -134,7 +135,42 @@ def test_causal_command_lines(finished, tmp_path, capsys):
         assert iio.imread(tmp_path / name).shape == (16, 128, 128, 3)
 
 
+def test_shipped_models_are_sampled_until_there_is_a_run(finished, tmp_path, monkeypatch, capsys):
+    shipped = tmp_path / "box" / "toy"
+    runs.ship(finished, shipped)
+    monkeypatch.setattr(sample, "SHIPPED", shipped)
+    monkeypatch.chdir(tmp_path)
+    clip = ["--prompt", PROMPTS[0], "--steps", "1", "--out", "clip.gif"]
+    sample.main(clip)
+    said = capsys.readouterr().out
+    assert f"no run in runs/toy-shapes yet: the models of {shipped} are used" in said
+    assert "1 steps, distill)" in said
+    for stage in ("pretrain", "flowmap", "distill", "causal-distill"):
+        whole, half = (sum(file.stat().st_size for file in (run / stage).glob("model*"))
+                       for run in (finished, shipped))
+        assert half < 0.6 * whole and str(tmp_path) not in json.dumps(
+            runs.read_record(shipped / stage)).replace(str(shipped), "")
+        a, b = (clip_of(sample.load_pipeline(run / stage)) for run in (finished, shipped))
+        assert 0 < (a - b).abs().max() < 0.1
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy-shapes").symlink_to(finished)
+    sample.main(clip)
+    assert "yet" not in capsys.readouterr().out
+
+
 # --- eval.py
+
+def test_a_sheet_has_the_right_clip_in_every_cell():
+    clips = torch.rand(2, 3, 2, 5, 3, 16, 16, generator=distributed.generator("sheet")) * 2 - 1
+    models = {name: list(some) for name, some in zip(("teacher", "student"), clips)}
+    movie = evaluation.labelled_sheet(models, [1, 2, 4], ["a red circle moving left", "two"], gap=4)
+    found = []
+    for frame in (0, 4):
+        for model, row, column in itertools.product(range(2), range(3), range(2)):
+            cell = sample.to_pixels(clips[model, row, column, frame], 64)
+            x, bottom = 36 + model * (2 * 68 + 16) + column * 68, len(movie[0]) - (3 - row) * 68
+            found.append((movie[frame, bottom:bottom + 64, x:x + 64] == cell).all())
+    assert all(found) and movie.shape[0] == 5
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
     g = distributed.generator("frechet")

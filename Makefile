@@ -1,5 +1,6 @@
-# make sample: clips, a sheet and a curve of the models that are shipped.   make demo: train the three stages on the toy set, sample, evaluate.   make demo-causal: the same chunk by chunk, from the
-# teacher that make demo trained.   make test: the whole test suite.   make lint: names, imports, lines.
+# make sample: clips, a sheet and a curve of the models that are shipped.   make demo: train the three stages on the toy
+# set, sample, evaluate.   make demo-causal: the same chunk by chunk, from the teacher that make demo trained.
+# make test: the whole test suite.   make lint: names, imports, lines.   make assets: what is shipped, anew.
 PYTHON ?= python3
 RUN ?= runs/toy-shapes
 LOOP ?= runs/toy-loop
@@ -10,8 +11,7 @@ BIN = .venv/bin
 
 sample: .venv/ready
 	$(BIN)/python sample.py --run-dir $(SHIPPED) --prompts assets/prompts.txt --steps 4 --out runs/shipped/clips/clip.mp4 --sheet runs/shipped/clips/sheet.png
-	$(BIN)/python eval.py --run-dir $(SHIPPED) --models pretrain,distill,flowmap:consistency --steps 1,2,4,8,16 --count 96
-	@echo "clips: runs/shipped/clips    figure: runs/shipped/curve.png    side by side: runs/shipped/compare.gif"
+	@echo "clips: runs/shipped/clips    figure: $(SHIPPED)/curve.png    page to play with: $(BIN)/python play.py"
 
 demo: .venv/ready
 	$(BIN)/python train.py --stage pretrain --run-dir $(RUN)
@@ -30,12 +30,11 @@ demo-causal: .venv/ready
 	$(BIN)/python eval.py --run-dir $(LOOP) --models causal-distill --steps 1,4,32 --count 240
 	@echo "clips: $(LOOP)/clips    figure: $(LOOP)/eval/curve.png    table: $(LOOP)/eval/table.md"
 
-# What is shipped, from a run that make demo-causal trained and of which
-#   train.py --stage flowmap --run-dir LOOP; train.py --stage distill --run-dir LOOP   trained whole clips, too.
+# From a run that make demo-causal made, when train.py has made its flowmap and distill without --causal, too.
 assets: .venv/ready
 	$(BIN)/python -c "import runs; runs.ship('$(LOOP)', '$(SHIPPED)')"
 	$(BIN)/python eval.py --run-dir $(SHIPPED)
-	cp runs/shipped/table.md $(SHIPPED)/table.md
+	cp runs/shipped/table.md runs/shipped/curve.png $(SHIPPED)
 	$(BIN)/python eval.py --run-dir $(SHIPPED) --models pretrain,distill --steps 1,2,4,8,32 --count 48 --out runs/shipped/side-by-side
 	cp runs/shipped/side-by-side/compare.gif docs/compare.gif
 

@@ -323,7 +323,7 @@ def test_page_the_slider_changes_the_clip(page):
 
 
 def test_page_the_stream_grows_and_the_prompt_switches(page):
-    page.click("#mode [value=stream]")
+    page.type("#mode", "\ue010")                     # the End key: the last view
     page.wait("asked.mode == 'stream' && cells.get(asked.model)?.live")
     live = "cells.get('student, chunk by chunk').images.length"
     some = page.wait(f"{live} > 8 && {live}")        # the clip has 8 frames
@@ -341,8 +341,9 @@ def test_page_the_stream_grows_and_the_prompt_switches(page):
 
 
 def test_page_every_view_and_errors(page):
-    for view, count in (("steps", 4), ("strip", 6), ("compare", 7)):
-        page.click(f"#mode [value={view}]")
+    down, home = "\ue015", "\ue011"
+    for key, view, count in ((down, "steps", 4), (down, "strip", 6), (home, "compare", 7)):
+        page.type("#mode", key)
         page.wait(f"asked.mode == '{view}' && !request && cells.size == {count}")
     page.type("#seed", "9999999999999")
     assert "seed" in page.wait("document.querySelector('[role=alert]').textContent")

@@ -1,11 +1,17 @@
-# make demo: train the three stages on the toy set, sample, evaluate.   make demo-causal: the same chunk by chunk, from the
-# teacher that make demo trained.   make test: the whole test suite.   make lint: names, imports, lines.
+# make sample: clips, a sheet and a curve of the models that are shipped.   make demo: train the three stages on the toy
+# set, sample, evaluate.   make demo-causal: the same chunk by chunk, from the teacher that make demo trained.
+# make test: the whole test suite.   make lint: names, imports, lines.   make assets: what is shipped, anew.
 PYTHON ?= python3
 RUN ?= runs/toy-shapes
 LOOP ?= runs/toy-loop
+SHIPPED = assets/toy
 BIN = .venv/bin
 
-.PHONY: demo demo-causal test lint
+.PHONY: sample demo demo-causal assets test lint
+
+sample: .venv/ready
+	$(BIN)/python sample.py --run-dir $(SHIPPED) --prompts assets/prompts.txt --steps 4 --out runs/shipped/clips/clip.mp4 --sheet runs/shipped/clips/sheet.png
+	@echo "clips: runs/shipped/clips    figure: $(SHIPPED)/curve.png    page to play with: $(BIN)/python play.py"
 
 demo: .venv/ready
 	$(BIN)/python train.py --stage pretrain --run-dir $(RUN)
@@ -23,6 +29,14 @@ demo-causal: .venv/ready
 	$(BIN)/python sample.py --causal --run-dir $(LOOP) --prompts assets/prompts.txt --steps 4 --out $(LOOP)/clips/clip.mp4 --sheet $(LOOP)/clips/sheet.png
 	$(BIN)/python eval.py --run-dir $(LOOP) --models causal-distill --steps 1,4,32 --count 240
 	@echo "clips: $(LOOP)/clips    figure: $(LOOP)/eval/curve.png    table: $(LOOP)/eval/table.md"
+
+# From what make demo and make demo-causal trained.
+assets: .venv/ready
+	$(BIN)/python -c "import runs; runs.ship('$(RUN)', '$(LOOP)', '$(SHIPPED)')"
+	$(BIN)/python eval.py --run-dir $(SHIPPED)
+	cp runs/shipped/table.md runs/shipped/curve.png $(SHIPPED)
+	$(BIN)/python eval.py --run-dir $(SHIPPED) --models pretrain,distill --steps 1,2,4,8,32 --count 48 --out runs/shipped/side-by-side
+	cp runs/shipped/side-by-side/compare.gif docs/compare.gif
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests

@@ -21,9 +21,11 @@ Frechet distances depend on the number of samples: compare only at the same --co
 floor is the distance of fresh real clips, its +- the noise to expect at that count.
 """
 import json
+import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -33,7 +35,7 @@ import distributed
 import flowmap
 from config import record_of
 from pipeline import SAMPLERS, Pipeline, generate, load_pipeline
-from sample import contact_sheet, newest_stage, to_pixels, write_frames, write_picture
+from sample import SHIPPED, default_run, newest_stage, to_pixels, write_frames, write_picture
 
 HELD_OUT = 1_000_000         # clip seeds from here on are never used in training
 TEACHER_STEPS = 50
@@ -204,7 +206,9 @@ def parse_models(run: Path, text: str | None) -> list[tuple[str, Path, str]]:
     finished = [name for name in folders if (run / name / "model.safetensors").exists()]
     if text is None:
         newest_stage(run)                                        # or the error that there is none
-        text = ",".join(finished) + (",flowmap:consistency" if "flowmap" in finished else "")
+        # What is shipped holds a causal student of another set.
+        alike = [name for name in finished if clips_of(run / name) == clips_of(run / finished[0])]
+        text = ",".join(alike) + (",flowmap:consistency" if "flowmap" in alike else "")
     models = []
     for word in text.split(","):
         name, _, sampler = word.partition(":")
@@ -223,8 +227,8 @@ def main(argv=None) -> None:
     parser = cli.Parser("Measure models at several step counts: a table, a figure, contact sheets.",
                         "python eval.py --models distill,flowmap:consistency --steps 1,2,4")
     add = parser.add_argument
-    add("--run-dir", type=Path, default=Path("runs/toy-shapes"),
-        help="the run (default runs/toy-shapes)")
+    add("--run-dir", type=Path, help="the run (default runs/toy-shapes; what is shipped, until it "
+        "is there)")
     add("--models", metavar="M,M,...", help="stages of the run or folders of stages, each with an "
         "optional ':consistency' sampler (default: all finished, and flowmap:consistency)")
     add("--steps", type=cli.positive_ints, default=[1, 2, 4, 8, 16, 32], metavar="N,N,...",
@@ -237,13 +241,16 @@ def main(argv=None) -> None:
         help="the teacher's guidance scale (default: the one fused into the flow map)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
         help="auto, cpu or cuda (default auto)")
-    add("--out", type=Path, help="folder for the results (default RUN_DIR/eval)")
+    add("--out", type=Path, help="folder for the results (default RUN_DIR/eval; "
+        "runs/shipped of what is shipped)")
     args, started = parser.parse(argv), time.time()
-    out = args.out or args.run_dir / "eval"
+    run = args.run_dir or default_run()
+    out = args.out or (Path("runs/shipped") if run == SHIPPED else run / "eval")
     try:
-        models = parse_models(args.run_dir, args.models)
+        models = parse_models(run, args.models)
         cli.check_folder(out, "--out")
-        config = common_config([folder for _, folder, _ in models])
+        check_clips([folder for _, folder, _ in models])
+        config = record_of(models[0][1], "config")["config"]
         dataset = data.open_data(config["data"], config["frames"], config["size"], held_out=True)
         if isinstance(dataset, data.Shards):
             raise ValueError(f"{models[0][1]} was trained on the shards {config['data']}, and "
@@ -269,7 +276,8 @@ def main(argv=None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     data.write_text(out / "table.md", table + "\n")
     data.write_text(out / "results.json", json.dumps({**summary, "rows": rows}, indent=1))
-    written = ["table.md", "results.json", *draw_sheets(out, pictures)]
+    sheets = draw_sheets(out, pictures, args.steps, shown(evaluation.captions))
+    written = ["table.md", "results.json", *sheets]
     if draw_figure(out / "curve.png", rows):
         written.append("curve.png")
     else:
@@ -277,16 +285,20 @@ def main(argv=None) -> None:
     print(f"in {out}: {', '.join(written)} ({time.time() - started:.0f} s)")
 
 
-def common_config(stages: list[Path]) -> dict:
-    """The settings of stages that can be measured on one set. Raises ValueError for others."""
-    first = record_of(stages[0], "data", "frames", "size")["config"]
+def clips_of(stage: Path) -> dict:
+    """The settings that say which clips a stage was trained on."""
+    config = record_of(stage, "config", "data", "frames", "size")["config"]
+    return {name: config[name] for name in ("data", "frames", "size")}
+
+
+def check_clips(stages: list[Path]) -> None:
+    """Raises ValueError for stages that cannot be measured on one set."""
+    first = clips_of(stages[0])
     for stage in stages[1:]:
-        config = record_of(stage, "data", "frames", "size")["config"]
-        for name in ("data", "frames", "size"):
-            if config[name] != first[name]:
+        for name, value in clips_of(stage).items():
+            if value != first[name]:
                 raise ValueError(f"--models: {stages[0]} was trained with --{name} {first[name]}, "
-                                 f"{stage} with {config[name]}; measure them one after the other")
-    return first
+                                 f"{stage} with {value}; measure them one after the other")
 
 
 def guidance_of(pipeline: Pipeline, args) -> float:
@@ -322,7 +334,7 @@ def measure(evaluation: EvaluationSet, models, pipelines, args) -> tuple[list[di
         for i, stretch in enumerate(clips.split(dataset.frames, 1)):
             name = f"{label} #{i + 1}" if args.length > 1 else label
             rows.append({"model": name, "steps": steps, **evaluation.scores(stretch)})
-        pictures.setdefault(label, []).append(clips[:: len(dataset.captions) // 8 + 1][:8])
+        pictures.setdefault(label, []).append(shown(clips))
         bar.update(steps)
     bar.close()
     return rows, pictures
@@ -347,19 +359,52 @@ def to_cell(metric: str, value) -> str:
     return f"{value:.1f}" if metric in ("fd", "psnr") else f"{value:.3f}"
 
 
-def draw_sheets(out: Path, pictures: dict) -> list[str]:
-    """Contact sheets, named: rows are step counts, columns are prompts; the png shows the middle
-    frame, the gif plays."""
+def shown(rows):
+    """Of the first 48 clips or captions, which are all of a toy set's, 8 that differ in all."""
+    return rows[:48:7][:8]
+
+
+def draw_sheets(out: Path, pictures: dict, steps: list[int], captions: list[str]) -> list[str]:
+    """Contact sheets, named: of each model, and of all side by side with half of the prompts; the
+    png shows the middle frame, the gif plays."""
+    sheets = {label: {label: clips} for label, clips in pictures.items()}
+    if len({clips[0].shape for clips in pictures.values()}) == 1 < len(pictures):
+        sheets["compare"] = {label: [x[:4] for x in clips] for label, clips in pictures.items()}
     written = []
-    for label, clips in pictures.items():
+    for label, models in sheets.items():
         name = label.replace(":", "-").replace("/", "-")
-        grid = torch.stack(clips)                                # (steps, prompts, T, 3, H, W)
-        frames = [contact_sheet(grid[:, :, i]) for i in range(grid.shape[2])]
-        height = 4 * grid.shape[-2] * len(clips)
-        write_picture(out / f"{name}.png", frames[len(frames) // 2], height)
-        write_frames(out / f"{name}.gif", to_pixels(torch.stack(frames), height), fps=8)
+        movie = labelled_sheet(models, steps, captions)
+        write_picture(out / f"{name}.png", movie[len(movie) // 2])
+        write_frames(out / f"{name}.gif", movie, fps=8)
         written += [f"{name}.png", f"{name}.gif"]
     return written
+
+
+def labelled_sheet(models: dict, steps: list[int], captions: list[str], gap: int = 4) -> np.ndarray:
+    """Frames (T, H, W, 3) of clips {model: [(prompts, T, 3, h, w) for each step count]}: a row for
+    each step count; a block of columns for each model, of a column for each prompt."""
+    from PIL import Image, ImageDraw  # imageio reads and writes pictures with it
+
+    grids = [to_pixels(torch.stack(clips), 64) for clips in models.values()]
+    _, prompts, T, h, w, _ = grids[0].shape
+    names = [textwrap.wrap(caption, w // 6) for caption in captions[:prompts]]
+    left, top, wide = 36, 22 + 13 * max(map(len, names)), prompts * (w + gap) + 4 * gap
+    page = Image.new("RGB", (left + len(grids) * wide, top + len(steps) * (h + gap)), "white")
+    pen = ImageDraw.Draw(page)
+    for row, count in enumerate(steps):
+        pen.text((left - 6, top + row * (h + gap) + h // 2), str(count), "black", anchor="rm",
+                 font_size=15)
+    for block, model in enumerate(models):
+        pen.text((left + block * wide, 2), f"{model}, by steps", "black", font_size=13)
+        for column, name in enumerate(names):
+            place = (left + block * wide + column * (w + gap), 19)
+            pen.text(place, "\n".join(name), "#555", font_size=10, spacing=2)
+    movie = np.repeat(np.asarray(page)[None], T, 0)
+    for block, grid in enumerate(grids):
+        for row, column in np.ndindex(len(steps), prompts):
+            x, y = left + block * wide + column * (w + gap), top + row * (h + gap)
+            movie[:, y:y + h, x:x + w] = grid[row, column]
+    return movie
 
 
 if __name__ == "__main__":

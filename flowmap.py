@@ -33,6 +33,16 @@ def guided(u_c, u_0, scale: float):
     return u
 
 
+def watched(u, on_step):
+    """The callable u, telling on_step after each call where it leads: to z_r, for the consistency
+    sampler to its z_0 before it is noised again."""
+    def seen(z, t, r):
+        velocity = u(z, t, r)
+        on_step(z - expand(t - r, z) * velocity)
+        return velocity
+    return seen
+
+
 def expand(t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Times (B,) or (B, F) with the trailing axes that broadcast them over z (B, F, ...)."""
     return t.view(*t.shape, *[1] * (z.ndim - t.ndim))

@@ -19,7 +19,7 @@ import runs
 import wan
 from cache import Context, append_chunk
 from config import record_of
-from flowmap import SAMPLERS, check_grid, conditioned, first_frames_given, guided
+from flowmap import SAMPLERS, check_grid, conditioned, first_frames_given, guided, watched
 from model import FlowMapDiT
 
 ADAPTER = "trained"              # name of the network's adapter, if it has one
@@ -133,17 +133,18 @@ def load_network(path, config, state, adapter: dict | None, device, bf16: bool) 
 def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: list[float],
             sampler: str = "euler", guidance: float = 1.0, chunks=None,
             given: torch.Tensor | None = None, window: int | None = None,
-            prompt_at: dict[int, str] | None = None, picture: tuple | None = None):
+            prompt_at: dict[int, str] | None = None, picture: tuple | None = None, on_step=None):
     """Yields the latents (B, F of a chunk, C, h, w) of clips chunk by chunk, one clip for each
     caption and seed; a bidirectional model yields its one chunk.
 
     sampler: a name in flowmap.SAMPLERS. guidance: classifier-free guidance, for a teacher; 1 for
     flow maps, which have theirs built in. chunks: latent frames of each chunk (default: as
-    trained); more than trained make a longer video. given: latents (B or 1, F, C, H, W) of the
-    first frames, whole chunks of them, which are kept as they are (image- and video-to-video); a
-    bidirectional model keeps any number of them but all, at t = 0. window: how many chunks the
-    cache keeps (None: as many as in training, which long videos need; 0: all). prompt_at: another
-    caption for all clips from chunk m on. picture: what `read_picture` makes of a first frame.
+    trained); more than trained make a longer video, without end if they have none. given: latents
+    (B or 1, F, C, H, W) of the first frames, whole chunks of them, which are kept as they are
+    (image- and video-to-video); a bidirectional model keeps any number of them but all, at t = 0.
+    window: how many chunks the cache keeps (None: as many as in training, which long videos need;
+    0: all). prompt_at: another caption for all clips from chunk m on; more may be added between two
+    chunks. picture: what `read_picture` makes of a first frame. on_step: see flowmap.watched.
     Raises ValueError for unknown words, an unknown sampler, a grid that does not fall from 1 to 0,
     a `given` that does not end where a chunk ends, a picture that is missing or not wanted.
     """
@@ -154,35 +155,44 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
     if chunks and len(pipeline.chunks) == 1:
         raise ValueError("this model was trained on whole clips (without --causal): it has one "
                          "length and one chunk")
-    chunks = tuple(chunks or pipeline.chunks)
-    check_given(chunks, given)
+    chunks = chunks or pipeline.chunks
+    if given is not None:
+        check_given(chunks, given)
+        given = for_each(captions, given, device)
     full_chunks = pipeline.config["full_chunks"]
     window = len(pipeline.chunks) - 1 if window is None else window
     image, condition = picture or (None, None)
     image = for_each(captions, image, device)
     condition = for_each(captions, condition, device)
 
-    # Prompts by the chunk from which on they hold; their keys and values are made when it comes.
-    texts = {0: pipeline.words(captions)}
-    for m, text in (prompt_at or {}).items():
-        texts[m] = pipeline.words([text] * len(captions))
-    context = Context(None, condition=condition, adapter=pipeline.adapter)
+    prompt_at = {} if prompt_at is None else prompt_at
+    for text in prompt_at.values():
+        pipeline.words([text])               # what is wrong with it is said before the first chunk
+    text = pipeline.words(captions).to(device)
+    context = Context(net.encode_prompt(text, image), condition=condition, adapter=pipeline.adapter)
     null = None                                          # the same with the empty prompt
     if guidance != 1:
         null_text = pipeline.words([pipeline.null_prompt] * len(captions)).to(device)
         null = replace(context, text=net.encode_prompt(null_text, image))
 
-    shape = (sum(chunks), *pipeline.latent_shape[1:])
-    z_1 = distributed.noise(shape, "sample", slots=seeds).to(device)
+    noise = distributed.noise_stream("sample", slots=seeds)
     renoise = distributed.noise_stream("renoise", slots=seeds)
-    given = z_1[:, :0] if given is None else for_each(captions, given, device)
-    for m, z in enumerate(z_1.split(list(chunks), 1)):
-        if m in texts:
-            context = replace(context, text=net.encode_prompt(texts[m].to(device), image))
+    z_0 = None
+    for m, frames in enumerate(chunks):
+        if m:
+            context = append_chunk(net, context, z_0, full_chunks, window)
+            if null:
+                null = append_chunk(net, null, z_0, full_chunks, window)
+        if m in prompt_at:
+            text = pipeline.words([prompt_at[m]] * len(captions)).to(device)
+            context = replace(context, text=net.encode_prompt(text, image))
         u = conditioned(net, context)
-        if guidance != 1:
+        if null:
             u = guided(u, conditioned(net, null), guidance)
-        kept = given[:, context.start:context.start + z.shape[1]]
+        if on_step:
+            u = watched(u, on_step)
+        z = noise((frames, *pipeline.latent_shape[1:])).to(device)
+        kept = z[:, :0] if given is None else given[:, context.start:context.start + frames]
         z_0 = sample_chunk(u, z, kept, grid, sampler, renoise)
         finite = z_0.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
@@ -191,11 +201,6 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
                              f"are no finite numbers: the weights are damaged, or --guidance is "
                              f"too large")
         yield z_0
-        if m == len(chunks) - 1:
-            return
-        context = append_chunk(net, context, z_0, full_chunks, window)
-        if guidance != 1:
-            null = append_chunk(net, null, z_0, full_chunks, window)
 
 
 def sample_chunk(u, z, given, grid, sampler: str, renoise) -> torch.Tensor:

@@ -266,7 +266,7 @@ def main(argv=None) -> None:
                         "python plane.py --seed 1 --out seed1.png")
     parser.add_argument("--seed", type=int, default=0, help="of weights and training (default 0)")
     parser.add_argument("--updates", type=float, default=1.0, metavar="FACTOR",
-                        help="train so many times as long (default 1)")
+                        help="train so many times as long (default 1.0)")
     parser.add_argument("--out", type=Path, default=Path("plane.png"),
                         help="the picture, a PNG (default plane.png)")
     args, started = parser.parse(argv), time.time()

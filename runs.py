@@ -22,7 +22,16 @@ import data
 import distributed
 import encoders
 import wan
-from config import CHANGEABLE, Config, chunks_of, command, folder_of, record_of, stage_before
+from config import (
+    CHANGEABLE,
+    STAGES,
+    Config,
+    chunks_of,
+    command,
+    folder_of,
+    record_of,
+    stage_before,
+)
 from model import PRESETS
 from toys import SETS
 
@@ -269,6 +278,24 @@ def step_of(row: str) -> float:
         return float(json.loads(row)["step"]) if row.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def ship(run, causal_run, to) -> None:
+    """Copies of the models of two runs, to be sampled and not trained further: weights in bf16,
+    codec and record. Without the causal flow map, whose student does what it does."""
+    whole = [Path(run) / stage for stage in STAGES]
+    for source in (*whole, Path(causal_run) / "causal-distill"):
+        target = Path(to) / source.name
+        config, tensors, _ = checkpoint.load_model(source)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        checkpoint.save_model(target, rounded, config, is_main=True)
+        shutil.copyfile(source / CODEC, target / CODEC)
+        found = record_of(source)
+        found["config"] |= {"run_dir": str(to), "base": ""}      # another machine's paths
+        found.pop("launch", None)
+        data.write_text(target / "config.json", json.dumps(found, indent=1))
 
 
 def git_revision() -> str:

@@ -24,6 +24,7 @@ import data
 import distributed
 import encoders
 import flowmap
+import runs
 import wan
 from config import folder_of
 from pipeline import (
@@ -37,6 +38,8 @@ from pipeline import (
     read_picture,
     stream,
 )
+
+SHIPPED = Path(__file__).parent / "assets" / "toy"          # a run without what training needs
 
 
 def to_pixels(video: torch.Tensor, height: int = 128) -> np.ndarray:
@@ -56,17 +59,17 @@ def write_clip(path: Path, video: torch.Tensor, fps: int) -> None:
     """Write one clip (T, 3, H, W), whole or not at all: .mp4 and .gif play, .png is a row of its
     frames. Raises ValueError for other names, OSError where it cannot be written."""
     if path.suffix == ".png":
-        write_picture(path, contact_sheet(video[None]), video.shape[-2] * 4)
+        write_picture(path, to_pixels(contact_sheet(video[None]), video.shape[-2] * 4))
     elif path.suffix in (".mp4", ".gif"):
         write_frames(path, iter(to_pixels(video)), fps)
     else:
         raise ValueError(f"{path}: the name must end in .mp4, .gif or .png")
 
 
-def write_picture(path: Path, picture: torch.Tensor, height: int) -> None:
-    """A picture (3, H, W), whole or not at all."""
+def write_picture(path: Path, pixels: np.ndarray) -> None:
+    """A picture (H, W, 3) uint8, whole or not at all."""
     with cli.written_aside(path) as aside:
-        aside.write_bytes(iio.imwrite("<bytes>", to_pixels(picture, height), extension=".png"))
+        aside.write_bytes(iio.imwrite("<bytes>", pixels, extension=".png"))
 
 
 def write_frames(path: Path, frames, fps: int) -> None:
@@ -112,6 +115,15 @@ def newest_stage(run: Path, causal: bool = False) -> Path:
                      f"--run-dir {run}")
 
 
+def default_run() -> Path:
+    """The run of no --run-dir: the toy one or, until a stage of it is finished, what is shipped."""
+    toy = Path("runs/toy-shapes")
+    if not SHIPPED.is_dir() or any(map(runs.finished, toy.glob("*"))):
+        return toy
+    print(f"no run in {toy} yet: the models of {SHIPPED} are used")
+    return SHIPPED
+
+
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Sample clips from a trained run.",
@@ -120,7 +132,8 @@ def make_parser() -> cli.Parser:
     add("--prompt", action="append", default=[], help="what to show; repeatable (default none)")
     add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or a .json list of prompts "
         "or of VBench's entries with prompt_en (default none)")
-    add("--run-dir", type=Path, help="the run (default runs/toy-shapes)")
+    add("--run-dir", type=Path, help="the run (default runs/toy-shapes; what is shipped, until it "
+        "is there)")
     add("--causal", action="store_true", help="sample the run's causal student (default off)")
     add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: of --run-dir)")
     add("--base", type=Path, help="the weights' pipeline folder, for its encoders: Wan2.1 or "
@@ -232,7 +245,7 @@ def main(argv=None) -> None:
         prompts = read_prompts(args)
         check(args)
         times = read_grid(args.grid) if args.grid else None
-        run = args.run_dir or Path("runs/toy-shapes")
+        run = args.run_dir or default_run()
         named = args.stage and run / folder_of(args.stage, args.causal)
         stage = args.ckpt or named or newest_stage(run, args.causal)
         world = distributed.start(args.device)
@@ -300,7 +313,8 @@ def write_clips(args, stage, world, pipeline, captions, seeds, grid, options: di
             made.append(clips)
     if made:
         sheet = torch.cat(made)                                  # (clips, T, 3, H, W)
-        write_picture(args.sheet, contact_sheet(sheet), sheet.shape[-2] * 4 * len(sheet))
+        height = 4 * sheet.shape[-2] * len(sheet)
+        write_picture(args.sheet, to_pixels(contact_sheet(sheet), height))
         print(args.sheet)
 
 

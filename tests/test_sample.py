@@ -1,4 +1,5 @@
 """sample.py and eval.py on a finished run: whole clips, and chunk by chunk."""
+import itertools
 import json
 
 import imageio.v3 as iio
@@ -7,7 +8,11 @@ import torch
 
 import distributed
 import eval as evaluation
+import flowmap
+import runs
 import sample
+from cache import Context
+from config import record_of
 
 PROMPTS = ["a red circle moving left", "a blue square moving up"]
 GRID = [1.0, 0.6, 0.0]
@@ -59,6 +64,32 @@ def test_a_stream_is_the_clip_piece_by_piece(causal):
     assert all((a - b).abs().max() > 1e-4 for a, b in zip(guided, pieces))
 
 
+def test_a_video_without_end_begins_as_a_short_one_and_takes_prompts_between_chunks(causal):
+    prompts = {2: PROMPTS[1]}
+    short = clip_of(causal, prompt_at=prompts)
+    later = {}
+    endless = sample.latents(causal, PROMPTS[:1], [3], GRID, chunks=itertools.repeat(1),
+                             prompt_at=later)
+    chunks = [next(endless), next(endless)]
+    later |= prompts
+    chunks += [next(endless) for _ in range(6)]
+    assert torch.equal(torch.cat(chunks[:4], 1), short) and not torch.equal(chunks[4], chunks[5])
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_every_step_is_seen_as_it_ends(bidirectional, sampler):
+    seen = []
+    z_0 = clip_of(bidirectional, sampler=sampler, on_step=seen.append)
+    assert len(seen) == 2 and torch.equal(seen[1], z_0)
+    # Of the Euler steps, the first leads where the first of a shorter way leads.
+    if sampler == "euler":
+        u = flowmap.conditioned(bidirectional.network, Context(bidirectional.words(PROMPTS[:1])))
+        z_1 = distributed.noise(seen[0].shape[1:], "sample", slots=[3])
+        with torch.no_grad():
+            z_r = flowmap.flow_map(u, z_1, torch.tensor([1.0]), torch.tensor([0.6]))
+        torch.testing.assert_close(seen[0], z_r)
+
+
 def test_a_teacher_is_guided(finished):
     teacher = sample.load_pipeline(finished / "pretrain")
     plain, guided = (sample.generate(teacher, PROMPTS, [3, 4], GRID, guidance=scale)
@@ -105,7 +136,42 @@ def test_causal_command_lines(finished, tmp_path, capsys):
         assert iio.imread(tmp_path / name).shape == (16, 128, 128, 3)
 
 
+def test_shipped_models_are_sampled_until_there_is_a_run(finished, tmp_path, monkeypatch, capsys):
+    shipped = tmp_path / "box" / "toy"
+    runs.ship(finished, finished, shipped)
+    monkeypatch.setattr(sample, "SHIPPED", shipped)
+    monkeypatch.chdir(tmp_path)
+    clip = ["--prompt", PROMPTS[0], "--steps", "1", "--out", "clip.gif"]
+    sample.main(clip)
+    said = capsys.readouterr().out
+    assert f"no run in runs/toy-shapes yet: the models of {shipped} are used" in said
+    assert "1 steps, distill)" in said
+    for stage in ("pretrain", "flowmap", "distill", "causal-distill"):
+        whole, half = (sum(file.stat().st_size for file in (run / stage).glob("model*"))
+                       for run in (finished, shipped))
+        assert half < 0.6 * whole and str(tmp_path) not in json.dumps(
+            record_of(shipped / stage)).replace(str(shipped), "")
+        a, b = (clip_of(sample.load_pipeline(run / stage)) for run in (finished, shipped))
+        assert 0 < (a - b).abs().max() < 0.1
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy-shapes").symlink_to(finished)
+    sample.main(clip)
+    assert "yet" not in capsys.readouterr().out
+
+
 # --- eval.py
+
+def test_a_sheet_has_the_right_clip_in_every_cell():
+    clips = torch.rand(2, 3, 2, 5, 3, 16, 16, generator=distributed.generator("sheet")) * 2 - 1
+    models = {name: list(some) for name, some in zip(("teacher", "student"), clips)}
+    movie = evaluation.labelled_sheet(models, [1, 2, 4], ["a red circle moving left", "two"], gap=4)
+    found = []
+    for frame in (0, 4):
+        for model, row, column in itertools.product(range(2), range(3), range(2)):
+            cell = sample.to_pixels(clips[model, row, column, frame], 64)
+            x, bottom = 36 + model * (2 * 68 + 16) + column * 68, len(movie[0]) - (3 - row) * 68
+            found.append((movie[frame, bottom:bottom + 64, x:x + 64] == cell).all())
+    assert all(found) and movie.shape[0] == 5
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
     g = distributed.generator("frechet")

@@ -167,7 +167,7 @@ def test_what_a_gpu_is_asked_runs_here():
     for row in (forward, both, pretrain, flowmap):
         assert row["seconds"] > 0 and 0 < row["utilisation"] < 1
     assert 2 * forward["tflop"] < both["tflop"] < 3 * forward["tflop"] + 1e-12
-    assert both["tflop"] < flowmap["tflop"] and stream["frames a second"] > 0
+    assert pretrain["tflop"] > 0 and stream["frames a second"] > 0
 
 
 def test_costs_and_peers_are_ratios():

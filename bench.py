@@ -17,50 +17,24 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from itertools import product
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 import cli
 import distributed
 import flops
 import plan
 import speed
-from cache import Context, append_chunk
 from config import STAGES, Config, chunks_of, recipe
-from model import PRESETS, FlowMapDiT, ModelConfig
-from speed import synchronise
+from model import PRESETS
 
 # Height and width of the latents.
 SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52),
          "wan-14b": (60, 104)}
 GB = 1e9
-
-
-def write_cost(config: ModelConfig, size, frames: int, full_chunks: int, window: int, chunks: int,
-               device) -> list[tuple]:
-    """(seconds, floating-point operations outside attention) of appending each of `chunks` chunks
-    of `frames` latent frames, in order."""
-    net = FlowMapDiT(config).to(device).requires_grad_(False)
-    g = distributed.generator("bench")
-    z = torch.randn(1, frames, config.channels, *size, generator=g).to(device)
-    text = torch.randn(1, 16, config.text_dim, generator=g).to(device)
-    context, costs = Context(net.encode_prompt(text)), []
-    for _ in trange(chunks, desc="write", unit="chunk"):
-        with FlopCounterMode(display=False) as counter:
-            append_chunk(net, context, z, full_chunks, window)
-        counts = counter.get_flop_counts()["Global"].items()
-        dense = sum(count for op, count in counts if "attention" not in str(op))
-        synchronise(z.device)                        # what was queued before is not timed
-        started = time.perf_counter()
-        context = append_chunk(net, context, z, full_chunks, window)
-        synchronise(z.device)
-        costs.append((time.perf_counter() - started, dense))
-    return costs
 
 
 def name_of(case: plan.Case) -> str:
@@ -206,8 +180,8 @@ def costs_main(args, parser) -> None:
 def write_main(args, parser) -> None:
     world = distributed.start(args.device)
     config = replace(PRESETS[args.preset], compressed=args.full_chunks > 0)
-    runs = [write_cost(config, SIZES[args.preset], args.chunk_frames, args.full_chunks, args.window,
-                       64, world.device) for _ in range(args.repeats)]
+    runs = [speed.write_cost(config, SIZES[args.preset], args.chunk_frames, args.full_chunks,
+                             args.window, 64, world.device) for _ in range(args.repeats)]
     best = [min(costs) for costs in zip(*runs)]
     for number in (1, 2, 4, 8, 16, 32, 48, 64):
         seconds, dense = best[number - 1]

@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
             if "alone" in field.metadata:            # a number that may be left out, and 0
                 options |= {"nargs": "?", "const": field.metadata["alone"]}
                 self.add_argument(f"--no-{name}", dest=field.name, action="store_const", const=0,
-                                  default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+                                  default=argparse.SUPPRESS, help=f"--{name} 0 (default off)")
             text = field.metadata["help"]
             if "(default" not in text:
                 text += f" ({default_text(field)})"

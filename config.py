@@ -8,21 +8,23 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import backward_sim
 import cli
-import flowmap
-import meanflow
 from cli import flag
-from model import PRESETS
 
 STAGES = ("pretrain", "flowmap", "distill")
+# What may be chosen, by name: what has these names is not imported, so that --help waits for no
+# torch.
+PRESETS = ("tiny", "toy", "wan-1.3b", "wan-5b", "wan-14b")
+DERIVATIVES = ("finite-difference", "jvp")
+TIME_WEIGHTS = ("beta", "uniform", "normal")
+SIMULATIONS = ("flow-map", "consistency")
 
 
 @dataclass
 class Config:
     # --- the run
     stage: str = flag("pretrain", "which stage to train", choices=STAGES)
-    preset: str = flag("toy", "size of the network and its recipe", choices=tuple(PRESETS))
+    preset: str = flag("toy", "size of the network and its recipe", choices=PRESETS)
     data: str = flag("shapes", "toy set 'shapes', 'loop' (shapes that come back in) or 'digits', a "
                      "folder of mp4/gif clips with captions, or a folder of shards")
     run_dir: str = flag("", "folder of the run; stages are folders in it (default "
@@ -84,9 +86,9 @@ class Config:
     epsilon: float = flag(0.005, "half width of the finite difference, in [0, 1] time; must lie "
                           "where d u / d t is flat")
     derivative: str = flag("finite-difference", "how dF/dt is taken",
-                           choices=tuple(meanflow.DERIVATIVES))
+                           choices=DERIVATIVES)
     time_weight: str = flag("beta", "density w(t) of the forward loss",
-                            choices=tuple(flowmap.TIME_WEIGHTS))
+                            choices=TIME_WEIGHTS)
     weight_before_balance: bool = flag(False, "the released order, in which w(t) cancels for r < t")
     flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
     consistency_fraction: float = flag(0.25, "fraction with r = 0; 1 - flow fraction makes a "
@@ -95,7 +97,7 @@ class Config:
                                          "matching on the whole clip as one chunk")
     # --- distill
     rollout: str = flag("flow-map", "backward simulation of distill",
-                        choices=tuple(backward_sim.SIMULATIONS))
+                        choices=SIMULATIONS)
     budgets: str = flag("2,4,8,16,50", "step counts N of a rollout; one is drawn an update")
     real_guidance: float = flag(2.0, "guidance scale of the teacher in DMD: 4 for the paper's "
                                 "'cond + 3 (cond - uncond)'. With the scale that is fused into the "
@@ -112,8 +114,9 @@ class Config:
     max_skips: int = flag(5, "stop after this many updates in a row with a non-finite gradient")
 
     @property
-    def forward_loss(self) -> meanflow.Settings:
-        return meanflow.Settings(self.guidance, self.epsilon, self.derivative)
+    def forward_loss(self):
+        from meanflow import Settings  # here, as it imports torch
+        return Settings(self.guidance, self.epsilon, self.derivative)
 
 
 # A later stage takes these over from the stage before it, unless a flag says otherwise.

@@ -287,13 +287,13 @@ class Shards:
             for name in ("latents", "text", *self.conditioning):
                 found[name] = opened.get_slice(name)[row]
             keys = json.loads(opened.metadata()["keys"])
+            sums = {name: rows[row] for name, rows in shard.get("crc32", {}).items()}
         shapes = {"latents": self.latent_shape, "text": self.text_shape}
         for name, tensor in found.items():
             if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
                 raise ValueError(f"{file}: {name} of clip {keys[row]!r} has shape "
                                  f"{tuple(tensor.shape)}, but the manifest says {shapes[name]}")
-            sums = shard.get("crc32", {}).get(name)
-            if sums and crc32(tensor) != sums[row]:
+            if crc32(tensor) != sums.get(name, crc32(tensor)):
                 raise ValueError(f"{file}: clip {keys[row]!r} is not what was written (checksum); "
                                  f"{AGAIN}")
             if not tensor.isfinite().all():
@@ -308,7 +308,8 @@ def readable(file: Path):
     """Names the file of tensors that cannot be read inside."""
     try:
         yield
-    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError,
+            AttributeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); {AGAIN}") from None
 
 

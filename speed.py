@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import trange
 
 import distributed
 import flops
@@ -50,6 +52,30 @@ def random_network(config: ModelConfig, device="cpu", dtype=torch.float32) -> Fl
         for p in network.parameters():
             p.normal_(std=0.02)
     return network
+
+
+# --- the cache of a long video
+
+def write_cost(config: ModelConfig, size, frames: int, full_chunks: int, window: int, chunks: int,
+               device) -> list[tuple]:
+    """(seconds, floating-point operations outside attention) of appending each of `chunks` chunks
+    of `frames` latent frames, in order."""
+    net = FlowMapDiT(config).to(device).requires_grad_(False)
+    g = distributed.generator("bench")
+    z = torch.randn(1, frames, config.channels, *size, generator=g).to(device)
+    text = torch.randn(1, 16, config.text_dim, generator=g).to(device)
+    context, costs = Context(net.encode_prompt(text)), []
+    for _ in trange(chunks, desc="write", unit="chunk"):
+        with FlopCounterMode(display=False) as counter:
+            append_chunk(net, context, z, full_chunks, window)
+        counts = counter.get_flop_counts()["Global"].items()
+        dense = sum(count for op, count in counts if "attention" not in str(op))
+        synchronise(z.device)                        # what was queued before is not timed
+        started = time.perf_counter()
+        context = append_chunk(net, context, z, full_chunks, window)
+        synchronise(z.device)
+        costs.append((time.perf_counter() - started, dense))
+    return costs
 
 
 # --- costs

@@ -13,9 +13,15 @@ killed run resumes bit for bit and a global batch is the same however it is spli
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+
+from config import Config, chunks_of, command, learning_rate, parse_config
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_config()                       # answers, and ends; what is below takes seconds to import
 
 import torch
 from tqdm import tqdm
@@ -30,7 +36,6 @@ import networks
 import runs
 import updates
 import wan
-from config import Config, chunks_of, command, learning_rate, parse_config
 from flowmap import time_weight
 
 ROLES = ("err_flow", "err_consistency", "err_free")       # r = t, r = 0, another r < t

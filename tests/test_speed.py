@@ -1,5 +1,7 @@
 """What keeps a GPU busy, shown without one: no micro-batch asks the device for a value, and blocks
 compile as one graph."""
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -9,6 +11,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import backward_sim
+import config
 import distributed
 import flowmap
 import meanflow
@@ -127,3 +131,20 @@ def test_a_block_is_one_graph_and_blocks_share_it(causal, rank, monkeypatch):
     case = case_of("flowmap", causal, rank, compile=True, checkpointing=causal)
     two = graphs(case, 2, monkeypatch)
     assert 0 < two == graphs(case, 3, monkeypatch)
+
+
+def test_choices_are_named_in_the_settings():
+    for names, known in ((config.PRESETS, model.PRESETS),
+                         (config.TIME_WEIGHTS, flowmap.TIME_WEIGHTS),
+                         (config.DERIVATIVES, meanflow.DERIVATIVES),
+                         (config.SIMULATIONS, backward_sim.SIMULATIONS)):
+        assert names == tuple(known)
+
+
+def test_help_of_training_waits_for_no_torch():
+    code = ("import atexit, runpy, sys; sys.argv = ['train.py', '--help']; "
+            "atexit.register(lambda: print('torch' in sys.modules)); "
+            "runpy.run_path('train.py', run_name='__main__')")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         cwd=model.__file__.rpartition("/")[0])
+    assert "--checkpointing" in run.stdout and run.stdout.endswith("False\n"), run.stderr

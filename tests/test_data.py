@@ -408,6 +408,9 @@ def test_a_video_shows_the_same_at_any_frame_rate(tmp_path):
         seen = media.read_video(file, 16, 16, 8)[:, 0, 8, 8].int().numpy()
         assert np.abs(seen - levels[::8].astype(int)).max() <= 2, file
         assert len(media.read_video(file, 16, 16, 8, most=3)) == 3
+    for file in (files[0], files[5]):
+        seen = media.read_video(file, 16, 16, 16)[:, 0, 8, 8].int().numpy()
+        assert np.abs(seen - levels[::4].astype(int)).max() <= 2, file
     assert len(media.read_video(files[0], 16, 16, 24)) == 24     # slower ones are held
     assert media.read_clip(files[1], 8, 16, 16, 8).shape == (8, 3, 16, 16)
     with pytest.raises(ValueError, match="32.mp4: too short, 8 of 9 frames at 8 a second"):
@@ -448,6 +451,14 @@ def test_a_video_is_what_a_person_sees(tmp_path, name, flags, pictures):
     assert upright.shape == (3, 32, 16)
     assert np.abs(upright[:, 6, 3].numpy() - expected[0, 0]).max() <= 5
     assert np.abs(upright[:, 6, 12].numpy() - expected[0, 1]).max() <= 5
+
+
+def test_pixels_that_are_not_square_are_shown_wide(tmp_path):
+    framed = STILL.copy()
+    framed[:, :6] = 255
+    ffmpeg("-vf", "scale=32:64,setsar=2", "-qp", "0", tmp_path / "wide.mp4", pictures=framed)
+    seen = media.read_video(tmp_path / "wide.mp4", 64, 64, 16)[0]
+    assert seen[:, 1].min() > 240 and np.abs(quarters(seen) - QUARTERS).max() <= 6
 
 
 def test_a_rotated_video_is_upright(tmp_path):
@@ -644,5 +655,6 @@ def test_killed_at_any_instant_the_same_command_goes_on(tmp_path):
         for file in folder.glob("*.safetensors"):
             assert load_file(file)
     assert alive == 20 and 20 < len(list(folder.glob("part-0-of-1-*.safetensors"))) < 600
+    (folder / "part-0-of-1-00009.safetensors.1.partial").write_bytes(b"half")
     assert_whole(write_shards(folder, count=600, size=1), 600)
     assert not list(folder.glob("part-*.partial"))

@@ -175,8 +175,7 @@ def check_output(folder: Path, run: Path, name: str, kills: int, seed: int, say=
         with suppress(subprocess.TimeoutExpired):
             process.wait(chance.random() * seconds)
         process.kill()
-        process.stderr.close()                       # whose other end ffmpeg may hold
-        process.wait()
+        process.communicate()
         time.sleep(0.1)                              # ffmpeg ends when nobody feeds it
         found = final_files(killed) if killed.exists() else {}
         wrong = [file for file, content in found.items() if content != expected[file]]

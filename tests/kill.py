@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,7 +172,8 @@ def check_output(folder: Path, run: Path, name: str, kills: int, seed: int, say=
             shutil.rmtree(killed.parent)
         process = start(killed)
         wait_for_file(process, killed)
-        time.sleep(chance.random() * seconds)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(chance.random() * seconds)
         process.kill()
         process.communicate()
         time.sleep(0.1)                              # ffmpeg ends when nobody feeds it

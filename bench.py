@@ -45,7 +45,7 @@ def name_of(case: plan.Case) -> str:
     return f"{c.stage} | {kind} | {trains} | {blocks}"
 
 
-def case_of(args, stage: str, checkpointing: bool, parser) -> plan.Case:
+def case_of(args, stage: str, checkpointing: int, parser) -> plan.Case:
     """What the plan's flags ask for."""
     config, wan = PRESETS[args.preset], args.preset.startswith("wan")
     shape = (4, config.channels, *SIZES[args.preset])

@@ -258,7 +258,7 @@ class Browser:
     def run(self, script):
         return self.ask("/execute/sync", {"script": f"return {script}", "args": []})
 
-    def wait(self, script, seconds: float = 20):
+    def wait(self, script, seconds: float = 120):
         """What the script gives, once it gives something."""
         end = time.time() + seconds
         while not (found := self.run(script)):

@@ -1,6 +1,8 @@
 """From a folder of videos to a clip in Diffusers: encode, three stages, export. On tiny random
 models in the real layouts."""
+import argparse
 import json
+import shlex
 import shutil
 
 import imageio.v3 as iio
@@ -13,6 +15,7 @@ import distributed
 import encoders
 import flowmap
 import media
+import play
 import sample
 import train
 import wan
@@ -615,3 +618,19 @@ def test_what_training_and_export_do_not_do(base_i2v, shards, tmp_path):
     (tmp_path / "a14b" / "transformer_2").mkdir(parents=True)
     with pytest.raises(ValueError, match="Wan2.2-A14B"):
         wan.load(tmp_path / "a14b")
+
+
+def test_the_page_makes_clips_of_wan_weights_in_any_words_step_by_step(base, monkeypatch):
+    args = argparse.Namespace(run_dir=None, ckpt=base, base=base, frames=5, height=32, width=64)
+    player, events = play.Player(args, "cpu"), []
+    assert player.state()["captions"] == [] and list(player.models) == ["euler"]     # a teacher
+    asked = player.check({"mode": "compare", "model": "euler", "prompt": "a red Box, falling",
+                          "seed": 1, "steps": 2})
+    player.make(asked, events.append)
+    assert [event.get("step") for event in events] == [1, 2, None]
+    assert len(events[-1]["frames"]) == 5
+    made = []
+    monkeypatch.setattr(sample, "write_clip", lambda path, video, fps: made.append(video))
+    sample.main(shlex.split(events[-1]["command"])[2:])
+    assert made[0].shape == (5, 3, 32, 64)
+    assert play.pictures(made[0]) == events[-1]["frames"]

@@ -7,7 +7,7 @@ LOOP ?= runs/toy-loop
 SHIPPED = assets/toy
 BIN = .venv/bin
 
-.PHONY: sample demo demo-causal assets test lint
+.PHONY: sample demo demo-causal assets test test-half test-rest lint
 
 sample: .venv/ready
 	$(BIN)/python sample.py --run-dir $(SHIPPED) --prompts assets/prompts.txt --steps 4 --out runs/shipped/clips/clip.mp4 --sheet runs/shipped/clips/sheet.png
@@ -38,8 +38,17 @@ assets: .venv/ready
 	$(BIN)/python eval.py --run-dir $(SHIPPED) --models pretrain,distill --steps 1,2,4,8,32 --count 48 --out runs/shipped/side-by-side
 	cp runs/shipped/side-by-side/compare.gif docs/compare.gif
 
+# Two halves of about the same length, as most machines have two cores; tests use one each.
+HALF = tests/test_scale.py tests/test_accidents.py tests/test_fuzz.py tests/test_play.py tests/test_bad_input.py
+
 test: .venv/ready
-	$(BIN)/python -m pytest -q tests
+	$(MAKE) --no-print-directory -j 2 test-half test-rest
+
+test-half:
+	$(BIN)/python -m pytest -q $(HALF)
+
+test-rest:
+	$(BIN)/python -m pytest -q tests $(HALF:%=--ignore=%)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

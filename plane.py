@@ -245,8 +245,8 @@ def draw_figure(out: Path, models: dict, samples: dict, errors: dict, z_1) -> bo
         row[0].set_ylabel(name)
         for axis, z_0, error in zip(row, samples[name], errors[name]):
             x, y = z_0.flatten(0, 1)[shown].T
-            axis.scatter(x, y, s=2, c=colour, cmap="Dark2", vmin=0, vmax=7, linewidths=0,
-                         antialiased=False)                  # which makes a small file
+            # Without smoothing the file is small.
+            axis.scatter(x, y, s=2, c=colour, cmap="Dark2", vmin=0, vmax=7, lw=0, antialiased=False)
             axis.text(-2.6, 2.2, digits(error), fontsize=9)
         points = path(u, sampler, few, 4)[:, :, 0]                                  # (5, 8, 2)
         row[-1].plot(curves[..., 0], curves[..., 1], color="0.8", linewidth=3)
@@ -256,7 +256,8 @@ def draw_figure(out: Path, models: dict, samples: dict, errors: dict, z_1) -> bo
     for axis in axes.flat:
         axis.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), xticks=[], yticks=[], aspect="equal")
     figure.tight_layout(pad=0.4)
-    figure.savefig(out, dpi=120)
+    with cli.written_aside(out) as aside:
+        figure.savefig(aside, dpi=120)
     plt.close(figure)
     return True
 
@@ -291,10 +292,9 @@ def main(argv=None) -> None:
     energies = {name: [energy_distance(z_0, exact) for z_0 in row] for name, row in samples.items()}
     print(table("distance to the exact map's point from the same noise", distances))
     print(table("energy distance to the data x 1000, as in the picture", energies))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     drawn = draw_figure(args.out, models, samples, energies, z_1)
-    print(f"\npicture: {args.out}" if drawn else "\nno picture: matplotlib is not installed")
-    print(f"time: {time.time() - started:.0f} s")
+    place = args.out if drawn else "none, as matplotlib is not installed"
+    print(f"\npicture: {place}\ntime: {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -177,6 +177,9 @@ def train_until(stopping: distributed.StopSignal, c: Config, source, nets: dict,
         origins = ", ".join(f"{role} from {place}" for role, place in runs.origins(c).items())
         say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}" if first else
             f"stage {c.stage} in {stage}: {origins or 'fresh weights'}")
+        size = sum(x.nbytes for name, part in parts.items() for x in part.tensors(name).values())
+        say(f"weights that train, moments and average: {size / 1e6:.0f} MB over all processes; "
+            "gradients and activations come on top. How long it takes, the bar says")
 
     log, in_a_row, started = distributed.Sums(LOGGED[c.stage]), 0, time.time()
     bar = tqdm(total=c.steps, initial=first, desc=f"{c.stage:8}", disable=not world.is_main,

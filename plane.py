@@ -245,7 +245,6 @@ def draw_figure(out: Path, models: dict, samples: dict, errors: dict, z_1) -> bo
         row[0].set_ylabel(name)
         for axis, z_0, error in zip(row, samples[name], errors[name]):
             x, y = z_0.flatten(0, 1)[shown].T
-            # Without smoothing the file is small.
             axis.scatter(x, y, s=2, c=colour, cmap="Dark2", vmin=0, vmax=7, lw=0, antialiased=False)
             axis.text(-2.6, 2.2, digits(error), fontsize=9)
         points = path(u, sampler, few, 4)[:, :, 0]                                  # (5, 8, 2)

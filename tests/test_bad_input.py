@@ -293,7 +293,8 @@ CASES = [
     ("wan", ["export", "good", "--to", "clips"], "clips is not empty", "a new folder"),
     ("wan", ["export", STAGE, "--to", "lora.safetensors"], "run/distill", "export it to a folder"),
     # plane, play
-    ("plane", ["--updates", "0"], "--updates 0.0", "a factor from 0.01 to 100"),
+    ("plane", ["--updates", "0"], "--updates 0", "must be above 0"),
+    ("plane", ["--updates", "1000"], "--updates 1000", "a factor from 0.01 to 100"),
     ("plane", ["--seeds", "1"], "--seeds", "did you mean --seed"),
     ("plane", ["--out", "note.txt/plane.png"], "--out note.txt", "give another one"),
     ("play", ["--run-dir", "nowhere"], "no finished stage in nowhere", "--stage pretrain"),

@@ -81,6 +81,11 @@ def run(main) -> None:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         machine = isinstance(error, OSError) and not isinstance(error, WRONG_PATH)
         end(f"error: {one_line(str(error))}", 1 if machine else 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        end(f"error: too little memory: {one_line(str(error), 200)}; ask for less at once: frames, "
+            "pixels, clips; in training --micro-batch 1, --checkpointing, --lora-rank", 1)
 
 
 def end(text: str, code: int):

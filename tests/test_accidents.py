@@ -95,6 +95,21 @@ def test_a_stream_that_is_stopped_leaves_what_was_there(finished, tmp_path, monk
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"a good one"]
 
 
+def test_too_little_memory_is_said_and_a_bug_is_not_hidden(finished, tmp_path, monkeypatch,
+                                                           capsys):
+    argv = ["--run-dir", finished, *PROMPT, "--out", tmp_path / "clip.gif"]
+    errors = iter([RuntimeError("CUDA out of memory. Tried to allocate"), RuntimeError("a bug")])
+
+    def fails(*args, **options):
+        raise next(errors)
+    monkeypatch.setattr(sample, "generate", fails)
+    code, line = ended(sample, argv, capsys)
+    assert code == 1 and "too little memory" in line and "frames" in line
+    with pytest.raises(RuntimeError, match="a bug"):
+        ended(sample, argv, capsys)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_clips_of_other_settings_do_not_stand_for_these(finished, tmp_path, capsys):
     def argv(*flags):
         return ["--run-dir", str(finished), "--prompt", "a red circle moving left", "--vbench",

@@ -33,7 +33,7 @@ demo-causal: .venv/ready
 # From what make demo and make demo-causal trained.
 assets: .venv/ready
 	$(BIN)/python -c "import runs; runs.ship('$(RUN)', '$(LOOP)', '$(SHIPPED)')"
-	$(BIN)/python eval.py --run-dir $(SHIPPED)
+	$(BIN)/python eval.py --run-dir $(SHIPPED) --out runs/shipped --count 240
 	cp runs/shipped/table.md runs/shipped/curve.png $(SHIPPED)
 	$(BIN)/python eval.py --run-dir $(SHIPPED) --models pretrain,distill --steps 1,2,4,8,32 --count 48 --out runs/shipped/side-by-side
 	cp runs/shipped/side-by-side/compare.gif docs/compare.gif
@@ -44,10 +44,10 @@ HALF = tests/test_scale.py tests/test_accidents.py tests/test_fuzz.py tests/test
 test: .venv/ready
 	$(MAKE) --no-print-directory -j 2 test-half test-rest
 
-test-half:
+test-half: .venv/ready
 	$(BIN)/python -m pytest -q $(HALF)
 
-test-rest:
+test-rest: .venv/ready
 	$(BIN)/python -m pytest -q tests $(HALF:%=--ignore=%)
 
 lint: .venv/ready

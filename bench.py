@@ -50,11 +50,12 @@ def case_of(args, stage: str, checkpointing: int, parser) -> plan.Case:
     config, wan = PRESETS[args.preset], args.preset.startswith("wan")
     shape = (4, config.channels, *SIZES[args.preset])
     if wan:
-        if (args.frames - 1) % 4 or args.height % 16 or args.width % 16:
+        pixels = 16 if args.preset == "wan-5b" else 8            # that a latent covers, each way
+        if (args.frames - 1) % 4 or args.height % (2 * pixels) or args.width % (2 * pixels):
             parser.error(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and "
-                         f"--width {args.width} multiples of 16")
+                         f"--width {args.width} multiples of {2 * pixels}")
         frames = (args.frames - 1) // 4 + 1
-        shape = (frames, config.channels, args.height // 8, args.width // 8)
+        shape = (frames, config.channels, args.height // pixels, args.width // pixels)
     settings = recipe(args.preset, stage, args.causal) | {
         "stage": stage, "preset": args.preset, "causal": args.causal,
         "checkpointing": checkpointing, "base": ""}

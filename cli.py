@@ -66,6 +66,8 @@ class Parser(argparse.ArgumentParser):
                               help=text.replace("%", "%%"), **options)
 
 
+TOO_LITTLE = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED", re.I)
+
 # What a path can be that is not what it should be; any other OSError is the machine's.
 WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
               PermissionError)
@@ -82,7 +84,7 @@ def run(main) -> None:
         machine = isinstance(error, OSError) and not isinstance(error, WRONG_PATH)
         end(f"error: {one_line(str(error))}", 1 if machine else 2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not TOO_LITTLE.search(str(error)):
             raise
         end(f"error: too little memory: {one_line(str(error), 200)}; ask for less at once: frames, "
             "pixels, clips; in training --micro-batch 1, --checkpointing, --lora-rank", 1)

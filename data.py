@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import sys
 import zlib
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import cli
 import encoders
+import media
 from media import decode, read_clip
 from toys import SETS, draw, nearest_word
 
@@ -143,7 +145,9 @@ def decode_once(folder: Path, files: list[Path], size: int, fps: float) -> tuple
     """By its name, each video as a file of raw frames (n, size, size, 3) uint8; and a line about
     each that cannot be decoded. Kept in CACHE by the folder, the file's name, size and time, and
     what is asked for; one process decodes, with a progress bar, and others wait for it."""
-    key = hashlib.sha256(os.fsencode(folder.resolve()) + f" {size} {fps}".encode()).hexdigest()
+    decoder = checksum(Path(media.__file__))         # what another one made is decoded again
+    key = os.fsencode(folder.resolve()) + f" {size} {fps} {decoder}".encode()
+    key = hashlib.sha256(key).hexdigest()
     cache, stored, problems = CACHE / f"{folder.resolve().name}-{key[:16]}", {}, []
     for file in files:
         if not file.exists():
@@ -261,7 +265,7 @@ class Shards:
         if not self.places:
             raise ValueError(f"{path}: no clip in any shard")
         null_text = self.path / "null_text.safetensors"
-        if checksum(null_text) != self.manifest.get("null_text", checksum(null_text)):
+        if self.manifest.get("null_text") not in (None, checksum(null_text)):
             raise ValueError(f"{null_text}: is not what was written (checksum); {AGAIN}")
         with readable(null_text):
             self.null_text = load_file(null_text)["text"].float()                     # (T, D)
@@ -293,7 +297,7 @@ class Shards:
             if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
                 raise ValueError(f"{file}: {name} of clip {keys[row]!r} has shape "
                                  f"{tuple(tensor.shape)}, but the manifest says {shapes[name]}")
-            if crc32(tensor) != sums.get(name, crc32(tensor)):
+            if name in sums and crc32(tensor) != sums[name]:
                 raise ValueError(f"{file}: clip {keys[row]!r} is not what was written (checksum); "
                                  f"{AGAIN}")
             if not tensor.isfinite().all():
@@ -343,7 +347,8 @@ class ShardWriter:
                     raise ValueError(f"{folder} was begun with {name} = {before.get(name)}, not "
                                      f"{self.made_by[name]}: go on with the same settings, or give "
                                      f"another folder")
-        write_text(begun, json.dumps(self.made_by, indent=1))
+        if not begun.exists():
+            write_text(begun, json.dumps(self.made_by, indent=1))
         self.rows, self.done, self.shards = [], set(), {}        # of these: {file: metadata}
         for left in self.folder.glob(f"part-{part}-of-{parts}*.partial"):
             left.unlink()
@@ -403,7 +408,7 @@ class ShardWriter:
 @contextmanager
 def written(path: Path):
     """A name to write to. The file takes its own, `path`, once it is whole; half of one goes."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         yield aside
         aside.replace(path)

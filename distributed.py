@@ -109,7 +109,7 @@ def sent(tensor: torch.Tensor, device) -> torch.Tensor:
     """A tensor of the host on a device. The host does not wait for a GPU to take it: it lies in
     pinned memory until then."""
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
+        tensor = tensor.contiguous().pin_memory()    # an expanded one cannot be pinned as it is
     return tensor.to(device, non_blocking=True)
 
 

@@ -244,8 +244,10 @@ def main(argv=None) -> None:
     add("--out", type=Path, help="folder for the results (default RUN_DIR/eval; "
         "runs/shipped of what is shipped)")
     args, started = parser.parse(argv), time.time()
-    run = args.run_dir or default_run()
-    out = args.out or (Path("runs/shipped") if run == SHIPPED else run / "eval")
+    run = args.run_dir or (Path("runs/toy-shapes") if args.models and "/" in args.models
+                           else default_run())
+    shipped = run.resolve() == SHIPPED.resolve()
+    out = args.out or (Path("runs/shipped") if shipped else run / "eval")
     try:
         models = parse_models(run, args.models)
         cli.check_folder(out, "--out")

@@ -4,7 +4,8 @@ procedure takes for the same batch (docs/method.md), at any size, on tensors wit
 Counted are products of matrices and attention, which are nearly all; a backward pass through
 attention counts as two forward ones, as in published figures. An update is of the largest kind (the
 longest clip, a rollout of three jumps) and of clips in the shares of the recipe: half with r = t, a
-tenth with their prompt dropped. Figures are means of a clip.
+tenth with their prompt dropped, 20 at a time by one process (with a clip a rank u_0 of dropped
+prompts is not saved). Figures are means of a clip.
 """
 from collections import Counter
 from contextlib import ExitStack

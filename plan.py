@@ -182,6 +182,7 @@ def simulate(case: Case) -> dict:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.gpus)
     world = distributed.World(0, case.gpus, torch.device("cpu"))
     rotary_table.cache_clear()                       # fake tables are for fake calls
+    flowmap.mean_time_weight(case.c.time_weight, case.c.shift)       # but this number is a true one
     try:
         nets, parts = build(case, world, lambda: mode)
         out, ledger = kept(nets, parts), Ledger(mode, case.gpus)
@@ -191,7 +192,9 @@ def simulate(case: Case) -> dict:
             for tensor in tensors:
                 ledger.hold(local(tensor))
             with (patch.object(FlowMapDiT, "run", ledger.part_of(FlowMapDiT.run)),
-                  patch.object(train, "backward", ledger.part_of(train.backward)), ledger):
+                  patch.object(train, "backward", ledger.part_of(train.backward)),
+                  patch.object(train, "optimizer_step", ledger.part_of(train.optimizer_step)),
+                  ledger):
                 update(case, nets, parts, world)
     finally:
         torch.distributed.destroy_process_group()

@@ -209,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise ValueError("a request says how long it is, at most 10000 bytes")
             asked = self.server.player.check(json.loads(self.rfile.read(int(length))))
             answers[self.path](asked, self.emit)
-        except (ValueError, RuntimeError) as error:              # or there is too little memory
+        except (ValueError, RuntimeError, FileNotFoundError, PermissionError) as error:
             self.emit({"error": str(error)}, 400)
 
     def handle(self):

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
                          f"{world.size} processes times {per_step // world.size} samples "
                          "(--micro-batch)")
     cli.check_folder(stage, "--run-dir")
-    begun, sums = distributed.on_main(lambda: (record_of(stage), built_on(c)), world)
+    begun, sums = distributed.on_main(lambda: (begun_by(c), built_on(c)), world)
     # What a launch has begun afresh it goes on with, when it is started once more.
     fresh = distributed.on_main(
         lambda: c.fresh and not distributed.is_restart(begun.get("launch")), world)
@@ -218,7 +219,7 @@ def prepared(c: Config, source, fresh: bool, world):
         if holder := distributed.on_main(lambda: locked_by(lock), world):
             raise ValueError(f"{stage} is trained by {holder} already: wait for it, stop it, or "
                              "give another --run-dir")
-        begun = distributed.on_main(lambda: record_of(stage), world)
+        begun = {} if fresh else distributed.on_main(lambda: record_of(stage), world)
         if not fresh and (change := change_between(begun.get("config", {}), settings(c))):
             raise ValueError(f"{stage} was started with {change} by another process just now")
         if world.is_main and fresh:
@@ -237,19 +238,37 @@ def prepared(c: Config, source, fresh: bool, world):
         yield
 
 
-def locked_by(file) -> str:
+def begun_by(c: Config) -> dict:
+    """The stage's record; {} for a damaged one that --fresh deletes."""
+    try:
+        return record_of(stage_folder(c))
+    except ValueError:
+        if not c.fresh:
+            raise
+        return {}
+
+
+def locked_by(file, wait: float = 150) -> str:
     """Lock an open file until it is closed, or say who has done so.
 
     The system takes the lock back when the process ends, however it ends. Over several nodes it
     holds where the network disk passes flock on (NFS 4, Lustre with -o flock); else on each alone.
+    That of a node that died ends with its lease, for which a restart waits some seconds (`wait`).
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        return file.read() or "another process"
-    except OSError:                                  # a disk that knows no locks
-        pass
+    end = time.time() + wait
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            if holder.endswith(f" on {socket.gethostname()}") or time.time() > end:
+                return holder
+            time.sleep(5)
+            continue
+        except OSError:                              # a disk that knows no locks
+            pass
+        break
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -8,6 +8,7 @@ import json
 import subprocess
 import time
 import zlib
+from collections import Counter
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -245,9 +246,11 @@ def main(argv=None) -> None:
         prompts = read_prompts(args)
         check(args)
         times = read_grid(args.grid) if args.grid else None
-        run = args.run_dir or default_run()
-        named = args.stage and run / folder_of(args.stage, args.causal)
-        stage = args.ckpt or named or newest_stage(run, args.causal)
+        stage = args.ckpt
+        if not stage:
+            run = args.run_dir or default_run()
+            stage = (run / folder_of(args.stage, args.causal) if args.stage
+                     else newest_stage(run, args.causal))
         world = distributed.start(args.device)
         if world.size > 1 and (args.stream or args.sheet):
             raise ValueError(f"--{'stream' if args.stream else 'sheet'} is for one process: leave "
@@ -283,8 +286,11 @@ def prepare(pipeline: Pipeline, captions: list[str], options: dict) -> None:
 
 def clip_paths(args, captions: list[str]) -> list[Path]:
     if args.vbench:
-        return [args.out / f"{file_name(caption)}-{i % args.per_prompt}.mp4"
-                for i, caption in enumerate(captions)]
+        paths = [args.out / f"{file_name(caption)}-{i % args.per_prompt}.mp4"
+                 for i, caption in enumerate(captions)]
+        if twice := [path for path, count in Counter(paths).items() if count > 1]:
+            raise ValueError(f"--prompts: two prompts would both be {twice[0].name}; leave one out")
+        return paths
     if len(captions) == 1:
         return [args.out]
     return [args.out.with_stem(f"{args.out.stem}-{i:03d}") for i in range(len(captions))]

@@ -3,6 +3,7 @@ people's networks beside this one, and all that a GPU owner wants to know.
 
 What is compared is measured in one run, in turn, and given as medians.
 """
+import gc
 import statistics
 import time
 from contextlib import nullcontext
@@ -148,7 +149,8 @@ def calls_of_both(config: ModelConfig, batch: int, shape, tokens: int, backward:
     ours = random_network(config)
     other, g = theirs(ours), generator("peers")
     z = torch.randn(batch, shape[0], config.channels, *shape[1:], generator=g)
-    t, text = torch.rand(batch, generator=g), torch.randn(batch, tokens, config.text_dim)
+    t, text = torch.rand(batch, generator=g), torch.randn(batch, tokens, config.text_dim,
+                                                                   generator=g)
     times = (1000 * t)[:, None].expand(-1, shape[0])
 
     def call(forward):
@@ -255,6 +257,7 @@ def dtype_of(device):
 
 def network_calls(config: ModelConfig, shape, device, compiled: bool) -> dict:
     """Seconds of {forward, forward and backward} of one clip."""
+    emptied(device)
     network = random_network(config, device, dtype_of(device))
     for block in network.blocks:
         block.checkpointing = True
@@ -268,21 +271,32 @@ def network_calls(config: ModelConfig, shape, device, compiled: bool) -> dict:
             u = network(z, t, t / 2, text)
             if backward:
                 u.square().mean().backward()
+                network.zero_grad(set_to_none=True)
     return medians({"forward": lambda: call(False), "forward and backward": lambda: call(True)}, 3,
                    device)
 
 
-def layers_that_fit(config: ModelConfig, memory: float) -> ModelConfig:
-    """The network with as many layers as leave a third of `memory` (bytes) beside bf16 weights and
-    gradients."""
+def layers_that_fit(config: ModelConfig, shape, memory: float) -> ModelConfig:
+    """The network with as many layers as leave two fifths of `memory` (bytes) beside bf16 weights,
+    gradients, and the inputs that checkpointed blocks keep."""
     with torch.device("meta"):
         block = sum(p.numel() for p in FlowMapDiT(replace(config, layers=1)).blocks.parameters())
-    return replace(config, layers=max(1, min(config.layers, int(2 / 3 * memory / (4 * block)))))
+    tokens = shape[0] * shape[2] * shape[3] // config.patch**2
+    layer = 4 * block + 2 * tokens * config.dim
+    return replace(config, layers=max(1, min(config.layers, int(0.6 * memory / layer))))
+
+
+def emptied(device) -> None:
+    """Compiled and sharded networks are cycles of references: only the collector frees them."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def streaming(config: ModelConfig, shape, chunks, device, compiled: bool) -> dict:
     """Seconds to the first chunk of a 4-step stream, and frames a second after it; decoded too,
     by Wan's autoencoder with random weights, where Diffusers is installed."""
+    emptied(device)
     network = random_network(replace(config, compressed=True), device, dtype_of(device))
     network.requires_grad_(False)
     for block in network.blocks if compiled else ():
@@ -298,10 +312,13 @@ def streaming(config: ModelConfig, shape, chunks, device, compiled: bool) -> dic
     except ImportError:
         return found
     decoder = AutoencoderKLWan(z_dim=config.channels).to(device, dtype_of(device)).eval()
-    latents = z[:, :chunks[-1]].transpose(1, 2).to(dtype_of(device))
+    latents = z.transpose(1, 2).to(dtype_of(device))
+
+    def decoded(frames: int):                                    # the first one makes one picture
+        return lambda: decoder.decode(latents[:, :, :frames])
     with torch.no_grad():
-        decode = medians({"decode": lambda: decoder.decode(latents)}, 1, device)["decode"]
-    both = sum(seconds[1:]) + decode * sum(chunks[1:]) / chunks[-1]
+        found_s = medians({"1": decoded(1), "3": decoded(3)}, 1, device)
+    both = sum(seconds[1:]) + (found_s["3"] - found_s["1"]) / 2 * sum(chunks[1:])
     return found | {"frames a second, decoded": pixel_frames / both}
 
 
@@ -320,7 +337,8 @@ def gpu(cases: list, others: list, world, compiled) -> list[dict]:
         kind = ", compiled" if on else ""
         for name, config, shape in others:
             if cuda:
-                config = layers_that_fit(config, torch.cuda.get_device_properties(0).total_memory)
+                memory = torch.cuda.get_device_properties(0).total_memory
+                config = layers_that_fit(config, shape, memory)
             forward, backward = flops.of_a_call(config, shape)
             times = network_calls(config, shape, device, on)
             what = f"{name}, {config.layers} layers{kind}"
@@ -342,6 +360,7 @@ def gpu(cases: list, others: list, world, compiled) -> list[dict]:
 
 def seconds_of(case: plan.Case, world) -> float:
     """Of an update of the kind that is planned."""
+    emptied(world.device)
     nets, parts = plan.build(case, world, nullcontext)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -195,7 +195,8 @@ def train_until(stopping: distributed.StopSignal, c: Config, source, nets: dict,
             saved = checkpoint.checkpoints(stage)
             kept = f"{saved[-1]} is kept" if saved else "No checkpoint was saved before"
             raise SystemExit(f"stopped at update {step}: {in_a_row} non-finite gradients in a row "
-                             f"({norms}). {kept}; run the same command again with a lower --lr")
+                             f"({norms}). {kept}; run the same command again with a lower --lr "
+                             "(of the fake score, --fake-lr)")
         stop = stopping.on_any_rank(world)
         save = (step + 1) % c.save_every == 0 or step + 1 == c.steps or stop
         if (step + 1) % c.log_every == 0 or save:    # a resume starts with empty sums

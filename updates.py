@@ -104,6 +104,8 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     guided = (~dropped[slots]).nonzero()[:, 0]
     if not len(guided) and not dropped[everyone].all():
         guided = torch.zeros(1, dtype=torch.long)    # under FSDP all ranks make the same calls
+    if len(guided) and c.compile:
+        guided = torch.arange(count)                 # every other size would be compiled, too
     conditioning = {name: conditioning[name] for name in source.conditioning}
     batch = Batch(x, noise("noise")[:, start:sum(chunks)], text, source.null_text.expand_as(text),
                   dropped[slots], guided, conditioning, chunks, start, t[slots], r[slots],

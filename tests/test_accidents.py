@@ -98,14 +98,15 @@ def test_a_stream_that_is_stopped_leaves_what_was_there(finished, tmp_path, monk
 def test_too_little_memory_is_said_and_a_bug_is_not_hidden(finished, tmp_path, monkeypatch,
                                                            capsys):
     argv = ["--run-dir", finished, *PROMPT, "--out", tmp_path / "clip.gif"]
-    errors = iter([RuntimeError("CUDA out of memory. Tried to allocate"), RuntimeError("a bug")])
+    bug = RuntimeError("CUDA error: an illegal memory access was encountered")
+    errors = iter([RuntimeError("CUDA out of memory. Tried to allocate"), bug])
 
     def fails(*args, **options):
         raise next(errors)
     monkeypatch.setattr(sample, "generate", fails)
     code, line = ended(sample, argv, capsys)
     assert code == 1 and "too little memory" in line and "frames" in line
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(RuntimeError, match="illegal"):
         ended(sample, argv, capsys)
     assert not [*tmp_path.iterdir()]
 
@@ -146,24 +147,44 @@ def test_killed_at_any_instant_no_half_file_has_a_final_name(finished, tmp_path,
 
 # --- a run's folder
 
-def test_one_process_trains_a_stage_at_a_time(copied, capsys):
+def test_one_process_trains_a_stage_at_a_time(copied, capsys, monkeypatch):
     hold = ("import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.flock(file, fcntl.LOCK_EX); "
             "print('held', flush=True); sys.stdin.read()")
     lock = copied / "flowmap" / runs.LOCK
-    lock.write_text("process 123 on another-node")
+    holder = f"process 123 on {os.uname().nodename}"
+    lock.write_text(holder)
     other = subprocess.Popen([sys.executable, "-c", hold, lock], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     for flags in ([], ["--fresh"]):
         code, line = ended(train, flags_of(copied, "flowmap", *flags), capsys)
-        assert code == 2 and "is trained by process 123 on another-node already" in line
+        assert code == 2 and f"is trained by {holder} already" in line
     assert (copied / "flowmap" / "model.safetensors").exists()
-    other.kill()                                     # and its lock is gone with it
-    other.communicate()
+    # What dies on another node has its lock until the lease ends: that is waited for.
+    lock.write_text("process 123 on another-node")
+
+    def ends(seconds):
+        other.kill()                                 # and its lock is gone with it
+        other.communicate()
+    monkeypatch.setattr(runs.time, "sleep", ends)
     assert trained(copied, "flowmap") == copied / "flowmap"
     with open(lock) as file:                         # as is that of a training that has ended
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert file.read() == f"process {os.getpid()} on {os.uname().nodename}"
+
+
+def test_fresh_starts_over_a_damaged_record(copied, capsys):
+    record = copied / "flowmap" / "config.json"
+    record.write_text(record.read_text()[:50])
+    code, line = ended(train, flags_of(copied, "flowmap"), capsys)
+    assert code == 2 and str(record) in line
+    assert trained(copied, "flowmap", "--fresh") == copied / "flowmap"
+
+
+def test_two_prompts_of_one_name_are_refused(finished, tmp_path, capsys):
+    argv = ["--run-dir", finished, *PROMPT, *PROMPT, "--vbench", "--out", tmp_path / "clips"]
+    code, line = ended(sample, argv, capsys)
+    assert code == 2 and "two prompts would both be" in line and not [*tmp_path.glob("clips/*")]
 
 
 @pytest.mark.parametrize("gone", ["checkpoints", "config.json"])

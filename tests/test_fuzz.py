@@ -19,6 +19,7 @@ import data
 import encoders
 import eval as evaluation
 import plane
+import play
 import sample
 import train
 import wan
@@ -27,7 +28,7 @@ from golden import SMALL
 from test_wan import PLAIN, renamed
 
 SCRIPTS = {"train": train, "sample": sample, "data": data, "eval": evaluation, "wan": wan,
-           "bench": bench, "plane": plane}
+           "bench": bench, "plane": plane, "play": play}
 PROMPT = ["--prompt", "a red circle moving left", "--steps", "1"]
 SAMPLE = ["sample", "--run-dir", "run", *PROMPT, "--out", "out/clip.gif"]
 TRAIN = ["train", "--preset", "tiny", "--run-dir"]
@@ -115,6 +116,7 @@ def idle(monkeypatch, folder):
                           (sample, ["write_clips", "stream_to", "save_latents"])):
         for name in names:
             monkeypatch.setattr(module, name, begin)
+    monkeypatch.setattr(play, "ThreadingHTTPServer", begin)
     monkeypatch.setattr(bench, "WHAT", dict.fromkeys(bench.WHAT, begin))
     few = encoders.in_parts                          # clips that the codec is fitted to
     monkeypatch.setattr(encoders, "in_parts", lambda source, count, seed: few(source, 8, seed))
@@ -126,6 +128,7 @@ def idle(monkeypatch, folder):
 BASE = {"train": [*TRAIN, "new"], "sample": SAMPLE, "eval": ["eval", "--run-dir", "run"],
         "data": ["data", "encode", "--videos", "clips", "--base", "weights", "--out", "out/s"],
         "bench": ["bench", "plan"], "plane": ["plane", "--out", "out/p.png"],
+        "play": ["play", "--no-browser", "--run-dir", "run"],
         "wan": ["wan", "show", "weights"]}
 NUMBERS = ("nan", "inf", "-inf", "1e30", "-1", "0", "", "one")
 WORDS = ("", "nan", "-1", "x" * 5000, "run/pretrain/config.json", "gone/\u00fc", "1,nan,0", "\0")

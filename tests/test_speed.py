@@ -148,3 +148,25 @@ def test_help_of_training_waits_for_no_torch():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                          cwd=model.__file__.rpartition("/")[0])
     assert "--checkpointing" in run.stdout and run.stdout.endswith("False\n"), run.stderr
+
+
+def test_what_is_sent_has_no_place_twice():
+    """An expanded tensor cannot be pinned as it is: its rows are one place in memory."""
+    batch = updates.draw_batch(replace(Config(), stage="flowmap", preset="tiny", batch_size=4),
+                               Source(), WORLD, 0, 0)
+    assert batch.null_text.stride(0) == 0
+    assert distributed.sent(batch.null_text, torch.device("cpu")).equal(batch.null_text)
+    made = []
+    class OnGPU:
+        type = "cuda"
+    class Host:
+        def contiguous(self):
+            made.append("contiguous")
+            return self
+        def pin_memory(self):
+            made.append("pinned")
+            return self
+        def to(self, device, non_blocking):
+            return self
+    distributed.sent(Host(), OnGPU())
+    assert made == ["contiguous", "pinned"]

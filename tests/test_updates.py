@@ -370,3 +370,19 @@ def test_the_cache_is_that_of_generation():
             torch.testing.assert_close(z_0, made[:, i:i + 1], rtol=1e-4, atol=1e-5)
             context = append_chunk(student, context, z_0, c.full_chunks)
     assert isinstance(student, FlowMapDiT)
+
+
+def test_ranks_ask_for_u_0_together_and_it_changes_nothing():
+    """Also where one rank of two has dropped all prompts and the other has not."""
+    c, kinds = replace(settings("flowmap"), batch_size=2, micro_batch=1, text_drop=0.5), {}
+    for step in range(40):
+        two = [updates.draw_batch(c, Source(), distributed.World(rank, 2, WORLD.device), step, 0)
+               for rank in (0, 1)]
+        assert len({len(batch.guided) > 0 for batch in two}) == 1
+        kinds[tuple(bool(batch.dropped.all()) for batch in two)] = two
+    assert len(kinds) == 4
+    asks, student = kinds[True, False][0], random_networks(c)["student"]
+    assert asks.dropped.all() and len(asks.guided)
+    silent = replace(asks, guided=asks.guided[:0])
+    errors = [updates.flow_map_error(student, batch, c) for batch in (asks, silent)]
+    torch.testing.assert_close(*errors, rtol=0, atol=0)

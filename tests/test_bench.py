@@ -96,7 +96,8 @@ def test_checkpointing_saves_activations(settings):
     assert saving["activations"] < 0.6 * plan.memory(case)["activations"]
 
 
-@pytest.mark.parametrize("stage, causal, gpus", [("pretrain", False, 2), ("flowmap", True, 1)])
+@pytest.mark.parametrize("stage, causal, gpus", [
+    ("pretrain", False, 2), pytest.param("flowmap", True, 1, marks=pytest.mark.slow)])
 def test_deep_networks_from_two_and_three_layers(stage, causal, gpus):
     """Every figure of each part is linear in the layers: within a promille."""
     case = case_of(replace(TINY, gpus=gpus), stage=stage, causal=causal, lora_rank=2,
@@ -107,6 +108,7 @@ def test_deep_networks_from_two_and_three_layers(stage, causal, gpus):
         assert few[name] == pytest.approx(whole[name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_predicted_is_measured():
     """The short form of `python bench.py check`."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "BENCH_CASE": "0"}
@@ -134,7 +136,8 @@ def test_arithmetic_of_a_forward_pass_is_its_closed_form():
 
 
 @pytest.mark.parametrize("stage, causal, rank", [
-    ("flowmap", False, 2), ("flowmap", True, 0), ("distill", False, 0), ("distill", True, 2)])
+    ("flowmap", False, 2), ("flowmap", True, 0), ("distill", False, 0),
+    pytest.param("distill", True, 2, marks=pytest.mark.slow)])
 def test_nothing_is_done_that_is_not_needed(stage, causal, rank, monkeypatch):
     """Outside of recomputation; and the derivative of every row, say, would be noticed."""
     case = case_of(ALONE, stage=stage, causal=causal, lora_rank=rank, checkpointing=1)

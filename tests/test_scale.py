@@ -188,6 +188,7 @@ def test_a_batch_that_the_processes_do_not_divide(two):
     assert not (folder / "odd").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant_it_ends_with_the_same_bits(finished, tmp_path):
     """The short form of `python tests/kill.py`: twice in distill."""
     whole = linked(finished, tmp_path / "whole", "distill")

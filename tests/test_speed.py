@@ -121,7 +121,8 @@ def graphs(case: plan.Case, layers: int, monkeypatch) -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("causal, rank", [(False, 0), (True, 2)])
+@pytest.mark.parametrize("causal, rank", [
+    (False, 0), pytest.param(True, 2, marks=pytest.mark.slow)])
 def test_a_block_is_one_graph_and_blocks_share_it(causal, rank, monkeypatch):
     """Traced as for a GPU, computed without compiling. There is a graph for each kind of call, not
     for each block; what the first one gets may come without a gradient, hence two against three."""

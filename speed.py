@@ -265,10 +265,11 @@ def network_calls(config: ModelConfig, shape, device, compiled: bool) -> dict:
             block.compile(dynamic=False)
     z = torch.randn(1, *shape, device=device)
     t, text = torch.rand(1, device=device), torch.randn(1, 512, config.text_dim, device=device)
+    inputs = z, t, t / 2, text
 
     def call(backward: bool):
         with torch.set_grad_enabled(backward):
-            u = network(z, t, t / 2, text)
+            u = network(*inputs)
             if backward:
                 u.square().mean().backward()
                 network.zero_grad(set_to_none=True)

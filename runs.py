@@ -85,7 +85,7 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
         if place.parent == Path(c.run_dir):
             then = absolute(record_of(place).get("config", {}))
             for name in ("preset", "data", "frames", "size"):
-                if then.get(name, now[name]) != now[name]:
+                if name in then and differ(name, then[name], now[name]):
                     raise ValueError(f"stage {c.stage} starts from {place}, which was trained with "
                                      f"--{name} {then[name]}, not {now[name]}: leave --{name} out, "
                                      f"or give another --run-dir")
@@ -133,9 +133,16 @@ def change_between(then: dict, now: dict) -> str:
     """The first setting that changed and may not, or ''."""
     then = absolute(then)
     for name, value in now.items():
-        if name in then and name not in CHANGEABLE and then[name] != value:
+        if name in then and name not in CHANGEABLE and differ(name, then[name], value):
             return f"{name} = {then[name]}, not {value}"
     return ""
+
+
+def differ(name: str, then, now) -> bool:
+    """Whether a setting changed. Clips that are not where they were may have been moved: what they
+    hold, `check_set` compares."""
+    moved = name == "data" and not {then, now} & set(SETS) and not os.path.exists(then)
+    return then != now and not moved
 
 
 def built_on(c: Config) -> dict[str, str]:
@@ -169,9 +176,15 @@ def set_of(source) -> dict:
     if isinstance(source, data.Shards):
         found = {"clips": len(source), "made by": source.manifest.get("made_by")}
     else:
-        captions = json.dumps(source.dataset.captions).encode()
-        found = {"captions": f"checksum {hashlib.sha256(captions).hexdigest()[:8]}"}
+        found = {"captions": short_sum(source.dataset.captions)}
+        if isinstance(source.dataset, data.Folder):
+            clips = [(name, length) for name, _, length in source.dataset.stored]
+            found["clips"] = short_sum(clips)            # their order is that of the draws
     return found | {"latents": list(source.latent_shape), "prompts": list(source.null_text.shape)}
+
+
+def short_sum(value) -> str:
+    return f"checksum {hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]}"
 
 
 def check_set(c: Config, source) -> None:

@@ -173,6 +173,14 @@ def test_one_process_trains_a_stage_at_a_time(copied, capsys, monkeypatch):
         assert file.read() == f"process {os.getpid()} on {os.uname().nodename}"
 
 
+def test_clips_may_be_moved_and_not_exchanged(tmp_path):
+    here = {"data": str(tmp_path)}
+    assert not runs.change_between({"data": "/gone/clips"}, here)
+    for then in ("/", "shapes"):                     # both are there: they are not the same
+        assert f"data = {then}, not {tmp_path}" in runs.change_between({"data": then}, here)
+    assert runs.change_between({"data": "/gone/clips"}, {"data": "shapes"})
+
+
 def test_fresh_starts_over_a_damaged_record(copied, capsys):
     record = copied / "flowmap" / "config.json"
     record.write_text(record.read_text()[:50])

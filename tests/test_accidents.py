@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -41,13 +42,16 @@ def ended(script, argv, capsys) -> tuple[int, str]:
     return code, lines[0]
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """No file of this process, or of one that it starts, can be longer than 2000 bytes."""
+    """No file of this process, or of one that it starts, can be longer than 2000 bytes; pytest's
+    own output neither, so that it is not for a whole test."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, unlimited[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
 @pytest.fixture
@@ -70,13 +74,13 @@ def flip(file: Path, place: int = -1000) -> None:
 @pytest.mark.parametrize("name, more", [
     ("clip.mp4", []), ("clip.gif", []), ("clip.png", []), ("clip.mp4", ["--sheet", "sheet.png"]),
     ("clip.mp4", ["--causal", "--stream"]), ("clip.gif", ["--causal", "--stream"])])
-def test_on_a_full_disk_the_clip_before_stays(finished, tmp_path, monkeypatch, capsys, request,
-                                              name, more):
+def test_on_a_full_disk_the_clip_before_stays(finished, tmp_path, monkeypatch, capsys, name,
+                                              more):
     monkeypatch.chdir(tmp_path)
     for file in (name, "sheet.png"):
         Path(file).write_bytes(b"a good one")
-    request.getfixturevalue("small_disk")
-    code, line = ended(sample, ["--run-dir", finished, *PROMPT, "--out", name, *more], capsys)
+    with small_disk():
+        code, line = ended(sample, ["--run-dir", finished, *PROMPT, "--out", name, *more], capsys)
     assert code == 1 and "error: " in line and name.split(".")[1] in line
     assert [Path(file).read_bytes() for file in (name, "sheet.png")] == [b"a good one"] * 2
     assert {file.name for file in tmp_path.iterdir()} == {name, "sheet.png"}

@@ -16,6 +16,7 @@ STAGES = ("pretrain", "flowmap", "distill")
 # torch.
 PRESETS = ("tiny", "toy", "wan-1.3b", "wan-5b", "wan-14b")
 DERIVATIVES = ("finite-difference", "jvp")
+VELOCITIES = ("data", "teacher")
 TIME_WEIGHTS = ("beta", "uniform", "normal")
 SIMULATIONS = ("flow-map", "consistency")
 
@@ -83,12 +84,18 @@ class Config:
                         "5 is Wan's")
     guidance: float = flag(2.0, "guidance scale fused into the flow map; 1 is none, and "
                            "u_0 + w (u_c - u_0) in general")
+    velocity: str = flag("data", "v of the forward loss: the data's n - x, or the frozen "
+                         "teacher's at (z_t, t), guided, which has no noise (not with --causal: "
+                         "the teacher sees whole clips)", choices=VELOCITIES)
     epsilon: float = flag(0.005, "half width of the finite difference, in [0, 1] time; must lie "
                           "where d u / d t is flat")
     derivative: str = flag("finite-difference", "how dF/dt is taken",
                            choices=DERIVATIVES)
     time_weight: str = flag("beta", "density w(t) of the forward loss",
                             choices=TIME_WEIGHTS)
+    balance: float = flag(0.0, "scale b of the adaptive balance: an error with r < t is scaled by "
+                          "b / (error + b), a square below b and at most b above. 0: by the mean "
+                          "error with r = t, the paper's, which vanishes with --velocity teacher")
     weight_before_balance: bool = flag(False, "the released order, in which w(t) cancels for r < t")
     flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
     consistency_fraction: float = flag(0.25, "fraction with r = 0; 1 - flow fraction makes a "
@@ -116,15 +123,16 @@ class Config:
     @property
     def forward_loss(self):
         from meanflow import Settings  # here, as it imports torch
-        return Settings(self.guidance, self.epsilon, self.derivative)
+        fused = self.guidance if self.velocity == "data" else 1.0    # the teacher's is guided
+        return Settings(fused, self.epsilon, self.derivative)
 
 
 # A later stage takes these over from the stage before it, unless a flag says otherwise.
 OF_THE_RUN = ("preset", "data", "frames", "size", "seed", "shift", "guidance", "text_drop",
               "lora_rank", "lora_alpha", "bf16")
 # Distill co-trains with the forward loss of flowmap, on the same chunks.
-OF_THE_FLOW_MAP = ("chunks", "full_chunks", "epsilon", "derivative", "time_weight",
-                   "weight_before_balance", "flow_fraction", "consistency_fraction")
+OF_THE_FLOW_MAP = ("chunks", "full_chunks", "velocity", "epsilon", "derivative", "time_weight",
+                   "balance", "weight_before_balance", "flow_fraction", "consistency_fraction")
 INHERITED = {"pretrain": OF_THE_RUN, "flowmap": OF_THE_RUN + OF_THE_FLOW_MAP}
 # These may change when a run is resumed.
 CHANGEABLE = ("steps", "lr", "fake_lr", "run_dir", "micro_batch", "device", "checkpointing",
@@ -282,7 +290,7 @@ def record_of(stage, *needed: str) -> dict:
 
 AT_LEAST_1 = ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips")
 AT_LEAST_0 = ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup", "ema_start",
-              "cotrain", "weight_decay", "checkpointing")
+              "cotrain", "weight_decay", "checkpointing", "balance")
 ABOVE_0 = ("lr", "shift", "guidance", "real_guidance", "epsilon", "clip", "fake_lr")
 FRACTIONS = ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction",
              "consistency_fraction", "bidirectional_fraction")
@@ -311,6 +319,12 @@ def check(c: Config, given: dict, parser) -> None:
     if c.causal and c.stage == "pretrain":
         parser.error("--causal is for stages flowmap and distill: they start from the teacher of "
                      "whole clips; leave it out of stage pretrain")
+    if c.causal and c.velocity == "teacher":
+        parser.error("--velocity teacher: the teacher sees whole clips, and a causal student only "
+                     "what came before; leave it out with --causal")
+    if c.velocity == "teacher" and not c.balance:
+        parser.error("--velocity teacher: the errors with r = t, whose mean scales those with r < "
+                     "t, vanish; give that scale, such as --balance 0.1")
     if c.flow_fraction + c.consistency_fraction > 1:
         parser.error("--flow-fraction and --consistency-fraction: together at most 1")
     for name in ("budgets", "chunks"):

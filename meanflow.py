@@ -50,7 +50,7 @@ class Settings:
 
 
 def meanflow_error(network, x, n, t, r, context, null_context, dropped,
-                   settings: Settings, flow_rows: int = 0, guided_rows=slice(None)):
+                   settings: Settings, flow_rows: int = 0, guided_rows=slice(None), v=None):
     """err (B,) of the forward loss, with gradient through u_c only.
 
     context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose
@@ -59,8 +59,9 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
     None where there are none.
     flow_rows: how many rows, the first ones, need no derivative: r = t multiplies it by zero. A
     number, since asking the tensors would make the host wait for a GPU.
+    v: velocity at z_t in place of the data's n - x, such as a teacher's.
     """
-    z_t, v = interpolate(x, n, t), n - x
+    z_t, v = interpolate(x, n, t), n - x if v is None else v
     w = torch.where(dropped, 1.0, settings.guidance).to(t)                  # (B,)
     F = network(z_t, t, r, context)
     if settings.guidance != 1 and null_context is not None:
@@ -87,15 +88,19 @@ def balance_error(err, weight, weight_before_balance: bool = False):
     return err * weight if weight_before_balance else err
 
 
-def balanced_loss(err, t, r, weight, flow_error, weight_before_balance: bool = False):
+def balanced_loss(err, t, r, weight, flow_error, weight_before_balance: bool = False,
+                  fixed: float = 0.0):
     """Adaptive balance (B,): rows with r < t are scaled by mu / (error + 1e-5), error being that of
     `balance_error`, so that the regression at r = t sets the scale and a large gap cannot blow up.
 
     err (B,), weight (B,) = w(t), flow_error: mu, a float or a tensor without gradient.
     weight_before_balance: the released order, in which w(t) cancels for every row with r < t;
     otherwise it applies after the balance, to all rows.
+    fixed: where r = t errors vanish, a scale b in place of mu: b / (error + b), which leaves errors
+    below b a plain square. 0: none.
     """
     error = balance_error(err, weight, weight_before_balance)
-    scale = flow_error * (error.detach() + 1e-5).reciprocal()
+    mu, small = (fixed, fixed) if fixed else (flow_error, 1e-5)
+    scale = mu * (error.detach() + small).reciprocal()
     scale = torch.where(r < t, scale, torch.ones_like(error))
     return scale * error if weight_before_balance else scale * error * weight

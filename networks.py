@@ -31,7 +31,9 @@ class Weights:
 
 
 def names_of(c: Config) -> list[str]:
-    return ["student", "teacher", "fake"] if c.stage == "distill" else ["student"]
+    if c.stage == "distill":
+        return ["student", "teacher", "fake"]
+    return ["student", "teacher"] if runs.needs_teacher(c) else ["student"]
 
 
 def build(c: Config, config: ModelConfig, world, below: dict | None = None) -> dict:
@@ -99,9 +101,10 @@ def trainables(c: Config, nets: dict) -> dict[str, checkpoint.Trainable]:
     """What is trained, with optimisers; the teacher is frozen."""
     betas = (c.beta1, c.beta2)
     student = checkpoint.trainable(nets["student"], c.lr, betas, c.weight_decay, with_ema=True)
+    if "teacher" in nets:
+        nets["teacher"].requires_grad_(False)
     if c.stage != "distill":
         return {"student": student}
-    nets["teacher"].requires_grad_(False)
     fake = checkpoint.trainable(nets["fake"], c.fake_lr, betas, c.weight_decay, with_ema=False)
     return {"student": student, "fake": fake}
 
@@ -134,13 +137,13 @@ def find_weights(c: Config) -> Weights:
         config, state = wan.load(student)
     if below:
         state, below["tensors"] = wan.moved_down(state, below["tensors"], flow_map)
-    if c.stage == "distill":
+    if runs.needs_teacher(c):
         # With adapters the teacher is one of the base, or the base itself.
         teacher = student if c.lora_rank else origins["teacher"]
         teacher_config = wan.load(teacher)[0]
         if teacher_config.second_time:
-            raise ValueError(f"stage distill needs stage pretrain, a teacher: {teacher} is a flow "
-                             f"map. First run: {runs.first_command(c, 'pretrain')}")
+            raise ValueError(f"stage {c.stage} needs stage pretrain, a teacher: {teacher} is a "
+                             f"flow map. First run: {runs.first_command(c, 'pretrain')}")
         check_alike(config, student, teacher_config, teacher)
         if not c.lora_rank:
             scores = (wan.load(teacher, second_time=False, compressed=False)[1], teacher)
@@ -170,9 +173,9 @@ def find_adapters(c: Config, origins: dict) -> tuple[str, dict]:
         raise ValueError(f"{place} adapts other weights than {base} holds now: train it anew with "
                          "--fresh")
     adapters = {"student": (None, place) if c.base else adapter_of(c, place, base)}
-    if c.stage == "distill":
-        teacher = adapter_of(c, origins["teacher"], base)
-        adapters |= {"teacher": teacher, "fake": teacher}
+    if runs.needs_teacher(c):
+        teacher = (None, place) if c.base else adapter_of(c, origins["teacher"], base)
+        adapters |= {name: teacher for name in names_of(c)[1:]}
     return base, adapters
 
 

@@ -43,16 +43,20 @@ def stage_folder(c: Config) -> Path:
     return Path(c.run_dir) / folder_of(c.stage, c.causal)
 
 
+def needs_teacher(c: Config) -> bool:
+    return c.stage == "distill" or c.stage == "flowmap" and c.velocity == "teacher"
+
+
 def origins(c: Config) -> dict[str, str]:
     """Where the networks of a stage start from, files or folders: the "teacher", from which the
-    fake score starts too, in distill; the "student", if not from fresh weights."""
+    fake score starts too, if the stage has one; the "student", if not from fresh weights."""
     run, before = Path(c.run_dir), stage_before(c.stage)
     student = c.base or (str(run / folder_of(before, c.causal)) if before else "")
-    teacher = str(run / "pretrain")
+    teacher = c.base or str(run / "pretrain")
     if c.stage == "distill" and not finished(teacher):
         # Stage flowmap may have had weights in place of stage pretrain.
         teacher = record_of(Path(student)).get("config", {}).get("base") or teacher
-    found = {"teacher": teacher if c.stage == "distill" else "", "student": student}
+    found = {"teacher": teacher if needs_teacher(c) else "", "student": student}
     return {role: place for role, place in found.items() if place}
 
 

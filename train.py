@@ -69,7 +69,7 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
             log.add("err_whole", err)
             backward(err, student, False, c, world)
         if c.stage == "flowmap" or c.stage == "distill" and c.cotrain:
-            err = updates.flow_map_error(student, batch, c)
+            err = updates.flow_map_error(student, batch, c, nets.get("teacher"))
             loss = balanced(err, batch, flow_errors, c, log)
             backward(loss if c.stage == "flowmap" else c.cotrain * loss, student, last, c, world)
 
@@ -81,8 +81,7 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
         for micro_step, (drawn, z_0) in enumerate(rolled_out):
             batch = drawn.to(world.device)
             if c.fake_rollout == "fresh":
-                made = updates.roll_out(student, batch, batch.fake_rollout, c)
-                z_0 = torch.cat(list(made), 1)
+                z_0 = torch.cat(list(updates.roll_out(student, batch, batch.fake_rollout, c)), 1)
             err = updates.fake_score_error(nets["fake"], batch, z_0, c)
             log.add("fake", err)
             backward(err, nets["fake"], micro_step + 1 == micro_steps, c, world)
@@ -112,9 +111,10 @@ def balanced(err, batch, flow_errors, c: Config, log) -> torch.Tensor:
     in it, so the mean is complete by the time that the first r < t row needs it."""
     weight = time_weight(batch.t, c.time_weight, c.shift)
     to_balance = meanflow.balance_error(err.detach(), weight, c.weight_before_balance)
-    # Without an r = t row (a global batch of 1 may have none) 1 sets the scale, as for u = 0.
+    # A global batch of 1 may have no r = t row: then 1 sets the scale, as for u = 0.
     mu = flow_errors.add(to_balance[:batch.roles[0]], default=1.0)
-    loss = meanflow.balanced_loss(err, batch.t, batch.r, weight, mu, c.weight_before_balance)
+    loss = meanflow.balanced_loss(err, batch.t, batch.r, weight, mu, c.weight_before_balance,
+                                  c.balance)
     log.add("loss", loss)
     for name, rows in zip(ROLES, err.split(batch.roles)):
         log.add(name, rows)

@@ -178,10 +178,13 @@ def flow_matching_error(network, batch: Batch, c: Config) -> torch.Tensor:
     return flowmap.flow_matching_error(u, batch.x, batch.n, batch.t)
 
 
-def flow_map_error(student, batch: Batch, c: Config) -> torch.Tensor:
-    """Stage flowmap, and distill's co-training: the forward error (B,), before the balance."""
-    null = None
-    if c.guidance != 1 and len(batch.guided):
+def flow_map_error(student, batch: Batch, c: Config, teacher=None) -> torch.Tensor:
+    """Stage flowmap, and distill's co-training: the forward error (B,), before the balance.
+    teacher: whose velocity is learned, with --velocity teacher."""
+    null, v = None, None
+    if c.velocity == "teacher":
+        v = teacher_velocity(teacher, batch, c)
+    elif c.guidance != 1 and len(batch.guided):
         with torch.no_grad():
             null = clean_past(student, batch, batch.null_text, c, batch.guided)
     kept = clean_past(student, batch, kept_text(batch), c)
@@ -190,7 +193,20 @@ def flow_map_error(student, batch: Batch, c: Config) -> torch.Tensor:
     # has none, it differentiates its last row, which changes nothing.
     flow_rows = min(batch.roles[0], len(x) - batch.some_gap)
     return meanflow.meanflow_error(student, x, batch.n, batch.t, batch.r, kept, null,
-                                   batch.dropped, c.forward_loss, flow_rows, batch.guided)
+                                   batch.dropped, c.forward_loss, flow_rows, batch.guided, v)
+
+
+@torch.no_grad()
+def teacher_velocity(teacher, batch: Batch, c: Config) -> torch.Tensor:
+    """The teacher's v (B, F, C, H, W) at z_t, guided where the prompt is not dropped."""
+    t, z_t = batch.t, flowmap.interpolate(batch.x, batch.n, batch.t)
+    v, rows = whole_clip(teacher, batch, kept_text(batch))(z_t, t, t), batch.guided
+    if c.guidance != 1 and len(rows):
+        null = Context(batch.null_text, **batch.conditioning)[rows]
+        u_0 = teacher(z_t[rows], t[rows], t[rows], null)
+        w = torch.where(batch.dropped[rows], 1.0, c.guidance).to(t)
+        v = v.index_copy(0, rows, u_0 + flowmap.expand(w, u_0) * (v[rows] - u_0))
+    return v
 
 
 def clean_past(student, batch: Batch, text, c: Config, rows=slice(None)) -> Context:

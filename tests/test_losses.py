@@ -97,6 +97,18 @@ def test_a_dropped_prompt_is_trained_towards_the_plain_velocity():
     torch.testing.assert_close(guided, plain_error(x, n, t, r))
 
 
+def test_the_teachers_velocity_leaves_no_noise():
+    """On clips and noise that are drawn apart, as in training, the exact u has no error against it;
+    the data's n - x leaves its variance given z_t, also in the derivative's tangent."""
+    z, t, r = points()
+    x, n = DATA.mean + DATA.std * z, z.roll(1, 0)
+    r[:8] = t[:8]
+    v = DATA.velocity(flowmap.interpolate(x, n, t), t)
+    err = meanflow.meanflow_error(DATA.u, x, n, t, r, TEXT, None, KEPT, PLAIN, v=v)
+    noisy = plain_error(x, n, t, r)
+    assert err.max() < 1e-6 and noisy[:8].mean() > 0.3 and noisy[8:].mean() > 0.3
+
+
 def test_derivative_is_never_computed_for_flow_matching_rows():
     sizes = []
     def network(z, t, r, text):
@@ -164,6 +176,18 @@ def test_balance_and_weight():
     gradient, = torch.autograd.grad(loss.sum(), err)
     expected = torch.tensor([1.0, 2.0, 2 / 5 * 0.5, 2 / 400 * 0.25])
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=0)
+
+
+def test_a_fixed_balance_is_a_square_below_its_scale_and_at_most_the_scale_above():
+    err = torch.tensor([0.0, 5.0, 1e-4, 0.1, 1e4], requires_grad=True)
+    t, r = torch.ones(5), torch.tensor([1.0, 1.0, 0.2, 0.2, 0.2])
+    weight = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.5])
+    loss = meanflow.balanced_loss(err, t, r, weight, torch.tensor(0.0), fixed=0.1)
+    torch.testing.assert_close(loss, torch.tensor([0.0, 10.0, 1e-4, 0.05, 0.05]),
+                               rtol=2e-3, atol=0)
+    gradient, = torch.autograd.grad(loss.sum(), err)     # none vanishes, though r = t errors do
+    expected = torch.tensor([1.0, 2.0, 1.0, 0.5, 0.5e-5])
+    torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=0)
 
 
 def test_the_released_order_weighs_first_and_takes_mu_of_the_weighted_errors():

@@ -145,6 +145,31 @@ def test_flowmap_fuses_guidance_and_takes_the_derivative():
     check_forward_loss(calls, batch, c, log)
 
 
+def test_flowmap_learns_the_guided_velocity_of_the_frozen_teacher():
+    c = settings("flowmap", velocity="teacher")
+    calls, batch, log = one_update(c)
+    assert kinds(calls) == [("teacher", "kept", False), ("teacher", "empty", False),
+                            ("student", "kept", True), ("student", "kept", False),
+                            ("student", "kept", False)]
+    v, v_0, u, above, below = calls
+    z_t, kept = flowmap.interpolate(batch.x, batch.n, batch.t), ~batch.dropped
+    for call, rows in ((v, slice(None)), (v_0, kept)):
+        assert torch.equal(call.z, z_t[rows])
+        assert torch.equal(call.t, batch.t[rows]) and torch.equal(call.r, batch.t[rows])
+    assert torch.equal(u.z, z_t) and torch.equal(u.r, batch.r)
+    target, gap = v.u.clone(), batch.r < batch.t
+    target[kept] = v_0.u + c.guidance * (v.u[kept] - v_0.u)
+    span = above.t - below.t
+    torch.testing.assert_close(above.z - below.z, flowmap.expand(span, target) * target[gap],
+                               rtol=1e-3, atol=1e-5)
+    dF_dt = (above.u - below.u) / flowmap.expand(span, above.u)
+    target[gap] -= flowmap.expand((batch.t - batch.r)[gap], target) * dF_dt
+    expected = (u.u - target).square().mean((1, 2, 3, 4))
+    assert log["err_flow"] == pytest.approx(expected[~gap].mean().item(), rel=1e-3)
+    free = gap & (batch.r > 0)
+    assert log["err_free"] == pytest.approx(expected[free].mean().item(), rel=1e-3)
+
+
 def test_causal_flowmap_has_a_clean_past_for_each_prompt_and_sometimes_the_whole_clip():
     c = settings("flowmap", causal=True, bidirectional_fraction=1.0)
     calls, batch, log = one_update(c)

@@ -1,13 +1,14 @@
 # make sample: clips, a sheet and a curve of the models that are shipped.   make demo: train the three stages on the toy
 # set, sample, evaluate.   make demo-causal: the same chunk by chunk, from the teacher that make demo trained.
-# make test: the whole test suite.   make lint: names, imports, lines.   make assets: what is shipped, anew.
+# make reproduce: every run that results/ lacks, which takes hours, and its tables.   make test: the whole test suite.
+# make lint: names, imports, lines.   make assets: what is shipped, anew.
 PYTHON ?= python3
 RUN ?= runs/toy-shapes
 LOOP ?= runs/toy-loop
 SHIPPED = assets/toy
 BIN = .venv/bin
 
-.PHONY: sample demo demo-causal assets test test-half test-rest lint
+.PHONY: sample demo demo-causal reproduce assets test test-half test-rest lint
 
 sample: .venv/ready
 	$(BIN)/python sample.py --run-dir $(SHIPPED) --prompts assets/prompts.txt --steps 4 --out runs/shipped/clips/clip.mp4 --sheet runs/shipped/clips/sheet.png
@@ -29,6 +30,9 @@ demo-causal: .venv/ready
 	$(BIN)/python sample.py --causal --run-dir $(LOOP) --prompts assets/prompts.txt --steps 4 --out $(LOOP)/clips/clip.mp4 --sheet $(LOOP)/clips/sheet.png
 	$(BIN)/python eval.py --run-dir $(LOOP) --models causal-distill --steps 1,4,32 --count 240
 	@echo "clips: $(LOOP)/clips    figure: $(LOOP)/eval/curve.png    table: $(LOOP)/eval/table.md"
+
+reproduce: .venv/ready
+	$(BIN)/python reproduce.py
 
 # From what make demo and make demo-causal trained.
 assets: .venv/ready

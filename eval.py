@@ -102,7 +102,8 @@ def accuracy(dataset, clips: torch.Tensor, captions: list[str]) -> dict[str, flo
 
 
 def draw_figure(path: Path, rows: list[dict]) -> bool:
-    """Distance and accuracy against steps, a line for each model. False without matplotlib."""
+    """Distance and accuracy against steps, a line for each model, with the standard deviation over
+    its rows of as many steps (of several seeds). False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -115,8 +116,10 @@ def draw_figure(path: Path, rows: list[dict]) -> bool:
     for axis, key in zip(axes[0], metrics):
         for model in dict.fromkeys(row["model"] for row in rows):
             mine = [row for row in rows if row["model"] == model]
-            steps, values = [row["steps"] for row in mine], [row[key] for row in mine]
-            axis.plot(steps, values, marker="o", label=model)
+            steps = sorted({row["steps"] for row in mine})
+            several = [[row[key] for row in mine if row["steps"] == n] for n in steps]
+            axis.errorbar(steps, [np.mean(some) for some in several], marker="o", label=model,
+                          yerr=[np.std(some, ddof=1) if len(some) > 1 else 0 for some in several])
         axis.set(xscale="log", xlabel="sampling steps", title=titles[key])
         ticks = sorted({row["steps"] for row in rows})
         axis.set_xticks(ticks, ticks)

@@ -1,0 +1,456 @@
+"""The method's claims, with seeds: train what is missing, measure it, say which claims hold.
+
+    python reproduce.py                  every run that has no record in results/, on all cores
+    python reproduce.py --runs student --seeds 1
+                                         one of them, with those that it starts from
+    python reproduce.py tables           results/README.md anew: tables, figure, claims
+    python reproduce.py compare RUN      a run's log.jsonl over those of the same stage in results/
+
+A run is one stage, on top of another run's; a record, results/NAME.SEED.json, has its settings,
+git revision, machine, seconds, figures at every step count, and its log, thinned. A record of
+other settings than those below is stale, and its run is made again. Each run takes one core and
+gives the same bits however many go on beside it (--jobs). Stopped at any time, it goes on.
+"""
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cli
+from config import CHANGEABLE, INHERITED, STAGES, Config, folder_of, recipe, stage_before
+
+HERE = Path(__file__).parent
+RESULTS, FOLDER = HERE / "results", Path("runs/reproduce")
+COUNT = 480                  # clips that a model makes at each step count
+
+
+@dataclass(frozen=True)
+class Run:
+    stage: str
+    after: str               # the run that it starts from
+    flags: str               # of train.py
+    samplers: tuple = ("euler",)
+    steps: str = "1,2,4,8,16,32"
+
+
+BOTH = ("euler", "consistency")
+FORWARD, TEACHERS = "--steps 4400", "--velocity teacher --balance 0.1"
+ON_POLICY = "--steps 660 --real-guidance 1"
+RUNS = {
+    # The main line: guidance 1, where data, teacher and DMD aim at the same distribution.
+    "teacher": Run("pretrain", "", "--steps 12000 --guidance 1", steps="1,2,4,8,16,32,50"),
+    "flowmap": Run("flowmap", "teacher", f"{FORWARD} {TEACHERS}"),
+    "student": Run("distill", "flowmap", ON_POLICY, BOTH),
+    # Consistency: r = 0 in training, in the rollout, in both.
+    "consistency": Run("flowmap", "teacher",
+                       f"{FORWARD} {TEACHERS} --consistency-fraction 0.5", BOTH),
+    "student-rollout": Run("distill", "flowmap", f"{ON_POLICY} --rollout consistency", BOTH),
+    "consistency-student": Run("distill", "consistency", f"{ON_POLICY} --rollout consistency",
+                               BOTH),
+    # One thing changed in the forward loss, half as long.
+    "short": Run("flowmap", "teacher", TEACHERS),
+    "short-data": Run("flowmap", "teacher", "--velocity data"),
+    "short-data-weight-first": Run("flowmap", "teacher", "--weight-before-balance"),
+    "short-data-no-balance": Run("flowmap", "teacher", "--balance 1e6"),
+    "short-balance-0.01": Run("flowmap", "teacher", "--velocity teacher --balance 0.01"),
+    "short-balance-1": Run("flowmap", "teacher", "--velocity teacher --balance 1"),
+    "short-uniform": Run("flowmap", "teacher", f"{TEACHERS} --time-weight uniform"),
+    "short-normal": Run("flowmap", "teacher", f"{TEACHERS} --time-weight normal"),
+    "short-jvp": Run("flowmap", "teacher", f"{TEACHERS} --derivative jvp"),
+    "short-epsilon-0.0001": Run("flowmap", "teacher", f"{TEACHERS} --epsilon 0.0001"),
+    "short-epsilon-0.02": Run("flowmap", "teacher", f"{TEACHERS} --epsilon 0.02"),
+    # One thing changed on policy.
+    "student-no-cotraining": Run("distill", "flowmap", f"{ON_POLICY} --cotrain 0"),
+    "student-fresh": Run("distill", "flowmap", f"{ON_POLICY} --fake-rollout fresh"),
+    "student-few-steps": Run("distill", "flowmap", f"{ON_POLICY} --budgets 1,2,4"),
+}
+TABLES = {
+    "The main line, and consistency": ("teacher", "flowmap", "student", "consistency",
+                                       "student-rollout", "consistency-student"),
+    "The forward loss": [name for name in RUNS if name.startswith("short")],
+    "On policy": ("student", "student-no-cotraining", "student-fresh", "student-few-steps"),
+}
+FIGURE = ("teacher", "flowmap", "student", "consistency-student:consistency")
+
+# Each rule is evaluated as it stands, seed by seed: ed and acc of a run at so many steps, sd that
+# of ed over the seeds.
+CLAIMS = [
+    ("a", "any-step: 32 steps of the student are no worse than 4",
+     "ed('student', 32) <= ed('student', 4) + sd('student', 4)"),
+    ("a", "and better than 1", "ed('student', 32) <= ed('student', 1)"),
+    ("a", "the consistency student's 32 steps are 1.5 times worse than its best",
+     "1.5 * best('consistency-student:consistency') <= ed('consistency-student:consistency', 32)"),
+    ("b", "few-step: 1 step is a quarter of the teacher's distance at 1",
+     "ed('student', 1) <= ed('teacher', 1) / 4"),
+    ("b", "4 steps are within 1.15 of the teacher at 50",
+     "ed('student', 4) <= 1.15 * ed('teacher', 50)"),
+    ("b", "32 steps within 1.05", "ed('student', 32) <= 1.05 * ed('teacher', 50)"),
+    ("b", "accuracy at 4 steps within a point of the teacher's at 50",
+     "acc('teacher', 50) - 0.01 <= acc('student', 4)"),
+    ("c", "flow-map training beats consistency training at 4 steps",
+     "ed('flowmap', 4) <= ed('consistency:consistency', 4)"),
+    ("c", "and at 32", "ed('flowmap', 32) <= ed('consistency:consistency', 32)"),
+    ("d", "on policy: the flow map gains a quarter at 1 step",
+     "ed('student', 1) <= 0.75 * ed('flowmap', 1)"),
+    ("d", "at 2", "ed('student', 2) <= 0.75 * ed('flowmap', 2)"),
+    ("d", "at 4", "ed('student', 4) <= 0.75 * ed('flowmap', 4)"),
+    ("d", "and does not lose at 32",
+     "ed('student', 32) <= ed('flowmap', 32) + sd('flowmap', 32)"),
+    ("d", "consistency rollouts from the same start lose at 32",
+     "ed('flowmap', 32) <= ed('student-rollout', 32)"),
+    ("f", "Beta(2, 1.5) is no worse at 4 steps than a uniform time weight",
+     "ed('short', 4) <= ed('short-uniform', 4) + sd('short', 4)"),
+    ("f", "than a normal one", "ed('short', 4) <= ed('short-normal', 4) + sd('short', 4)"),
+    ("h", "the balance gains at 1 step, against the data", "ed('short-data', 1) <= "
+     "ed('short-data-no-balance', 1)"),
+    ("h", "the weight after it does", "ed('short-data', 1) <= ed('short-data-weight-first', 1)"),
+    ("i", "the difference is no worse at 4 steps than the exact derivative",
+     "ed('short', 4) <= ed('short-jvp', 4) + sd('short-jvp', 4)"),
+    ("k", "the teacher's velocity gains at 4 steps over the data's",
+     "ed('short', 4) <= ed('short-data', 4)"),
+    ("k", "and at 32", "ed('short', 32) <= ed('short-data', 32)"),
+    ("l", "co-training keeps the 32 steps", "ed('student', 32) <= "
+     "ed('student-no-cotraining', 32)"),
+    ("l", "long rollouts keep the 32 steps", "ed('student', 32) <= ed('student-few-steps', 32)"),
+]
+
+
+def chain(name: str) -> list[str]:
+    """The runs that a run is made of, itself last."""
+    return [*(chain(RUNS[name].after) if RUNS[name].after else []), name]
+
+
+def settings(name: str, seed: int) -> list[dict]:
+    """Those of each stage of the chain, as config.parse_config would find them, and how the last
+    one is measured."""
+    parser, found = cli.Parser("", ""), []
+    parser.add_config(Config)
+    for run in map(RUNS.get, chain(name)):
+        given = vars(parser.parse(run.flags.split())) | {"stage": run.stage, "seed": seed}
+        before = INHERITED.get(stage_before(run.stage), ())
+        given = {key: found[-1][key] for key in before} | given
+        causal = given.get("causal", False)
+        told = asdict(Config()) | recipe(Config.preset, run.stage, causal) | given
+        found.append({key: value for key, value in told.items()
+                      if key in ("steps", "lr", "fake_lr") or key not in CHANGEABLE})
+    run = RUNS[name]
+    return [*found, {"count": COUNT, "sampled": run.steps, "samplers": list(run.samplers)}]
+
+
+def alike(then: list[dict], now: list[dict]) -> bool:
+    """Settings that agree wherever both name them: a new one is at its default."""
+    return len(then) == len(now) and all(a[key] == b[key] for a, b in zip(then, now)
+                                         for key in a.keys() & b.keys())
+
+
+def record_of(name: str, seed: int) -> dict:
+    """What results/ has of a run; {} if nothing, or of other settings."""
+    file = RESULTS / f"{name}.{seed}.json"
+    record = cli.read_json(file) if file.exists() else {}
+    return record if record and alike(record["settings"], settings(name, seed)) else {}
+
+
+def place(name: str, seed: int) -> Path:
+    return FOLDER / f"seed-{seed}" / name
+
+
+def stage_of(name: str) -> str:
+    return folder_of(RUNS[name].stage, "--causal" in RUNS[name].flags)
+
+
+def make(name: str, seed: int, before=None) -> float:
+    """Train and measure a run, and record it. before: the future of what it starts from."""
+    if before:
+        before.result()
+    run, folder, stage = RUNS[name], place(name, seed), stage_of(name)
+    for earlier in chain(name)[:-1]:
+        link = folder / stage_of(earlier)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(Path("..", earlier, stage_of(earlier)))
+    told, told_before = settings(name, seed), folder / "settings.json"
+    again = told_before.exists() and not alike(cli.read_json(told_before, list), told)
+    folder.mkdir(parents=True, exist_ok=True)
+    told_before.write_text(json.dumps(told))
+    script(folder, "train.py", "--stage", run.stage, "--run-dir", folder, "--seed", seed,
+           *run.flags.split(), *["--fresh"] * again)
+    models = [stage if sampler == "euler" else f"{stage}:{sampler}" for sampler in run.samplers]
+    script(folder, "eval.py", "--run-dir", folder, "--models", ",".join(models), "--steps",
+           run.steps, "--count", COUNT)
+    record = recorded(name, seed)
+    RESULTS.mkdir(exist_ok=True)
+    with cli.written_aside(RESULTS / f"{name}.{seed}.json") as aside:
+        aside.write_text(json.dumps(record))
+    return record["seconds"]
+
+
+def script(folder: Path, *words) -> None:
+    """Run one of the scripts on one core. Raises ValueError with the last line that it said."""
+    log = folder / "output.txt"
+    with open(log, "a") as file:
+        done = subprocess.run([sys.executable, HERE / words[0], *map(str, words[1:])], stdout=file,
+                              stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        last = log.read_text(errors="replace").split("\n")[-2:]
+        raise ValueError(f"{folder}: {words[0]} failed, see {log}: {cli.one_line(' '.join(last))}")
+
+
+def recorded(name: str, seed: int) -> dict:
+    folder = place(name, seed)
+    stage = cli.read_json(folder / stage_of(name) / "config.json")
+    measured = cli.read_json(folder / "eval" / "results.json")
+    lines = (folder / stage_of(name) / "log.jsonl").read_text().splitlines()
+    rows = [rounded(json.loads(line)) for line in lines]
+    ends = [a["seconds"] for a, b in zip(rows, [*rows[1:], {"seconds": 0}])
+            if b["seconds"] < a["seconds"]]
+    labels = {stage_of(name): name, f"{stage_of(name)}:consistency": f"{name}:consistency"}
+    return {"name": name, "seed": seed, "settings": settings(name, seed), "git": stage["git"],
+            "torch": stage["torch"], "machine": machine(), "seconds": round(sum(ends)),
+            "real": {key: value for key, value in measured.items() if key.startswith("real_")},
+            "rows": [{**rounded(row), "model": labels[row["model"]]} for row in measured["rows"]],
+            "log": thinned(rows)}
+
+
+def machine() -> str:
+    """One core of it was used, or the GPU."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def rounded(row: dict) -> dict:
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value
+            for key, value in row.items()}
+
+
+def thinned(rows: list[dict], most: int = 60) -> list[dict]:
+    """At most so many rows, each the mean of its neighbours."""
+    some = -(-len(rows) // most)
+    parts = [rows[i:i + some] for i in range(0, len(rows), some)]
+    return [rounded({key: statistics.fmean(row[key] for row in part if key in row)
+                     for key in part[0]}) | {"step": part[-1]["step"]} for part in parts]
+
+
+def finished(name: str, seed: int) -> bool:
+    """Whether later runs can start from it."""
+    told, folder = place(name, seed) / "settings.json", place(name, seed)
+    return (folder / stage_of(name) / "model.safetensors").exists() and told.exists() and alike(
+        cli.read_json(told, list), settings(name, seed))
+
+
+def missing(names: list[str], seed: int) -> list[str]:
+    """Runs to be made: without a record, and those that they start from, which come first."""
+    found = []
+    for name in reversed(RUNS):
+        needed = any(RUNS[later].after == name for later in found)
+        if needed and not finished(name, seed) or name in names and not record_of(name, seed):
+            found.insert(0, name)
+    return found
+
+
+def run_all(names: list[str], seeds: list[int], jobs: int) -> None:
+    """Make what is missing; a seed after the other of each run, so that jobs seldom wait."""
+    from tqdm import tqdm
+    by_seed = {seed: missing(names, seed) for seed in seeds}
+    todo = [(name, seed) for name in RUNS for seed in seeds if name in by_seed[seed]]
+    futures, failed = {}, []
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", unit="run") as bar:
+        try:
+            for name, seed in todo:
+                before = futures.get((RUNS[name].after, seed))
+                futures[name, seed] = pool.submit(make, name, seed, before)
+            for (name, seed), future in futures.items():
+                try:
+                    tqdm.write(f"{name}, seed {seed}: {future.result():.0f} s of training")
+                except ValueError as error:
+                    failed.append(str(error))
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if failed:
+        raise ValueError(failed[0])
+
+
+# --- what the records say
+
+def records() -> dict[tuple[str, int], dict]:
+    """{(name, seed): record}, of the settings of today."""
+    files = [file.stem.rpartition(".") for file in sorted(RESULTS.glob("*.json"))]
+    found = {(name, int(seed)): record_of(name, int(seed)) for name, _, seed in files
+             if name in RUNS}
+    return {key: record for key, record in found.items() if record}
+
+
+def value(found: dict, seed: int, model: str, steps: int, metric: str) -> float:
+    """Raises KeyError for what was not measured."""
+    rows = found[model.partition(":")[0], seed]["rows"]
+    values = [row[metric] for row in rows if (row["model"], row["steps"]) == (model, steps)]
+    if not values:
+        raise KeyError(model)
+    return values[0]
+
+
+def seeds_of(found: dict, model: str) -> list[int]:
+    return [seed for name, seed in found if name == model.partition(":")[0]]
+
+
+def judged(found: dict, rule: str) -> tuple[str, str]:
+    """(verdict, both sides of each seed) of a rule 'left <= right'."""
+    sides = []
+    for seed in sorted({seed for _, seed in found}):
+        def ed(model, steps, metric="ed", seed=seed):
+            return value(found, seed, model, steps, metric)
+        names = {"ed": ed, "acc": lambda model, steps: ed(model, steps, "acc"),
+                 "sd": lambda model, steps: spread(found, model, steps),
+                 "best": lambda model: min(ed(model, n) for n in (1, 2, 4, 8, 16, 32))}
+        try:
+            sides.append([eval(side, names) for side in rule.split("<=")])
+        except KeyError:
+            continue                                 # not run with this seed
+    right = sum(a <= b for a, b in sides)
+    verdict = f"inconclusive at {len(sides)} seeds ({right} of {len(sides)})"
+    if len(sides) >= 3 and right in (0, len(sides)):
+        verdict = f"{'holds' if right else 'does not hold'} ({right} of {len(sides)} seeds)"
+    return verdict if sides else "not run", ", ".join(f"{a:.3f} : {b:.3f}" for a, b in sides)
+
+
+def spread(found: dict, model: str, steps: int, metric: str = "ed") -> float:
+    """Standard deviation over seeds; 0 of one."""
+    values = [value(found, seed, model, steps, metric) for seed in seeds_of(found, model)]
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def table(found: dict, names, metric: str, digits: int) -> list[str]:
+    """Mean +- standard deviation over seeds, a row for each model and sampler."""
+    counts = [1, 2, 4, 8, 16, 32, 50]
+    lines = [f"| {metric} | seeds | {' | '.join(map(str, counts))} |", "|---" * 9 + "|"]
+    models = [name if sampler == "euler" else f"{name}:{sampler}" for name in names
+              for sampler in RUNS[name].samplers]
+    for model in models:
+        cells, seeds = [], seeds_of(found, model)
+        for steps in counts if seeds else []:
+            try:
+                mean = statistics.fmean(value(found, seed, model, steps, metric) for seed in seeds)
+            except KeyError:
+                cells.append("")
+                continue
+            pm = f" ± {spread(found, model, steps, metric):.{digits}f}" * (len(seeds) > 1)
+            cells.append(f"{mean:.{digits}f}{pm}")
+        if seeds:
+            lines.append(f"| {model} | {len(seeds)} | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []
+
+
+def tables() -> None:
+    import eval as evaluation
+    found = records()
+    if not found:
+        raise ValueError(f"{RESULTS} has no record of these settings: python reproduce.py")
+    lines = ["# Results", "", "Made by `python reproduce.py tables` from the records beside it; "
+             "not edited by hand.", ""]
+    machines = {record["machine"] for record in found.values()}
+    hours = sum(record["seconds"] for record in found.values()) / 3600
+    real = next(iter(found.values()))["real"]
+    lines += [f"{len(found)} runs, {hours:.1f} hours of training on one core of: "
+              f"{'; '.join(sorted(machines))}. {COUNT} clips at each step count; other real clips "
+              f"have ed {real['real_ed']:.3f} ± {real['real_ed_std']:.3f}, acc "
+              f"{real['real_accuracy']['all']:.3f}, psnr {real['real_psnr']:.1f}. Mean ± standard "
+              "deviation over seeds. `:consistency` is the consistency sampler.", ""]
+    rows = [row for record in found.values() for row in record["rows"] if row["model"] in FIGURE]
+    rows.sort(key=lambda row: FIGURE.index(row["model"]))
+    if rows and evaluation.draw_figure(RESULTS / "curve.png", rows):
+        lines += ["![energy distance and prompt accuracy by step count](curve.png)", ""]
+    lines += ["## Claims", "", "A rule is evaluated as it stands, seed by seed. It holds where it "
+              "is true, and does not where it is false, in every one of three seeds or more.", "",
+              "| | claim | rule | left : right, by seed | |", "|---|---|---|---|---|"]
+    for letter, text, rule in CLAIMS:
+        verdict, sides = judged(found, rule)
+        lines.append(f"| {letter} | {text} | `{rule}` | {sides} | {verdict} |")
+    for title, names in TABLES.items():
+        parts = [table(found, names, *kind) for kind in (("ed", 3), ("acc", 3), ("psnr", 1))]
+        if any(parts):
+            lines += ["", f"## {title}", ""]
+            lines += [line for part in parts for line in (*part, "")]
+    lines += ["## Runs", "", "| run | starts from | flags of train.py | minutes |",
+              "|---|---|---|---|"]
+    for name, run in RUNS.items():
+        minutes = [f"{found[name, seed]['seconds'] / 60:.0f}" for seed in seeds_of(found, name)]
+        lines.append(f"| {name} | {run.after} | `--stage {run.stage} {run.flags}` | "
+                     f"{', '.join(minutes) or 'not run yet'} |")
+    (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
+    print(f"in {RESULTS}: README.md, from {len(found)} records")
+
+
+def compare(run: Path) -> None:
+    """Draw each quantity of a run's logs over its range in the records of the same stage."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    stages = [folder_of(stage, causal) for causal in (False, True) for stage in STAGES]
+    logs = {stage: run / stage / "log.jsonl" for stage in dict.fromkeys(stages)}
+    logs = {stage: log for stage, log in logs.items() if log.exists()}
+    if not logs:
+        raise ValueError(f"{run}: holds no log.jsonl of a stage; give the folder of a run, such as "
+                         "runs/toy-shapes")
+    for stage, log in logs.items():
+        rows = thinned([json.loads(line) for line in log.read_text().splitlines()])
+        keys = [key for key in rows[0] if key not in ("step", "lr", "seconds", "skipped")]
+        figure, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 3), squeeze=False)
+        normal = {name: [record["log"] for (other, _), record in records().items()
+                         if other == name] for name in RUNS if stage_of(name) == stage}
+        for axis, key in zip(axes[0], keys):
+            for several in normal.values():
+                for log in several:
+                    mine = [row for row in log if key in row]
+                    axis.plot([row["step"] / log[-1]["step"] for row in mine],
+                              [row[key] for row in mine], color="#bbb", linewidth=1)
+            axis.plot([row["step"] / rows[-1]["step"] for row in rows],
+                      [row.get(key, float("nan")) for row in rows], color="C3")
+            axis.set(title=key, yscale="log", xlabel="share of the updates")
+        figure.suptitle(f"{run / stage}, over the records in grey", fontsize=9)
+        figure.tight_layout()
+        with cli.written_aside(run / f"compare-{stage}.png") as aside:
+            figure.savefig(aside, dpi=110)
+        print(f"{run / f'compare-{stage}.png'}")
+
+
+def parse(argv=None):
+    parser = cli.Parser("The method's claims, with seeds.",
+                        "python reproduce.py --runs student --seeds 1")
+    add = parser.add_argument
+    add("what", nargs="?", type=cli.choice(("run", "tables", "compare")), default="run",
+        metavar="WHAT", help="run (default): what has no record, then tables; tables; compare")
+    add("run", nargs="?", type=Path, metavar="RUN", help="compare: the folder of a run")
+    add("--runs", metavar="NAME,NAME", help="only these and what they start from (default all): "
+        + ", ".join(RUNS))
+    add("--seeds", type=int, least=1, default=3, help="seeds 0 to so many less one (default 3)")
+    add("--jobs", type=int, least=1, default=os.cpu_count(),
+        help="runs at a time, a core each (default all cores)")
+    args = parser.parse(argv)
+    args.runs = args.runs.split(",") if args.runs else list(RUNS)
+    for name in args.runs:
+        if name not in RUNS:
+            parser.error(f"--runs {name}: not a run{cli.nearest(name, RUNS)}")
+    if (args.what == "compare") != bool(args.run):
+        parser.error("compare takes the folder of a run, and nothing else does: python "
+                     "reproduce.py compare runs/toy-shapes")
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse(argv)
+    if args.what == "compare":
+        return compare(args.run)
+    if args.what == "run":
+        run_all(args.runs, list(range(args.seeds)), args.jobs)
+    tables()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,173 @@
+"""reproduce.py: what is run, what is recorded, which claims hold."""
+import json
+import shutil
+from zlib import crc32
+
+import pytest
+
+import reproduce
+import train
+from config import INHERITED, STAGES, parse_config, stage_before
+from reproduce import RUNS, Run
+
+
+def rows(model, **figures):
+    """Rows of a record: ed at so many steps, by name s1, s4, ..."""
+    return [{"model": model, "steps": int(name[1:]), "ed": ed, "acc": 1 - ed}
+            for name, ed in figures.items()]
+
+
+def test_a_rule_is_judged_seed_by_seed():
+    found = {("student", seed): {"rows": rows("student", s4=4 + seed, s32=ed)}
+             for seed, ed in enumerate((4.5, 5.5, 6.5))}
+    plain, spread = "ed('student', 32) <= ed('student', 4)", " + sd('student', 4)"
+    assert reproduce.judged(found, plain)[0] == "does not hold (0 of 3 seeds)"
+    assert reproduce.judged(found, plain + spread)[0] == "holds (3 of 3 seeds)"
+    assert reproduce.judged(found, plain + spread)[1] == "4.500 : 5.000, 5.500 : 6.000, " \
+                                                         "6.500 : 7.000"
+    found["student", 2]["rows"][1]["ed"] = 5.0
+    assert reproduce.judged(found, plain)[0] == "inconclusive at 3 seeds (1 of 3)"
+    assert reproduce.judged(found, "acc('student', 4) <= 0")[0] == "holds (3 of 3 seeds)"
+    del found["student", 0]
+    assert reproduce.judged(found, plain + spread)[0] == "inconclusive at 2 seeds (2 of 2)"
+    assert reproduce.judged(found, "ed('student', 32) <= ed('teacher', 50)") == ("not run", "")
+    assert reproduce.judged(found, "ed('student', 8) <= 1")[0] == "not run"
+    assert reproduce.judged(found, "best('student') <= 4")[0] == "not run"    # of all step counts
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_settings_are_those_that_training_takes(name, tmp_path):
+    """Also what a stage takes over from the one before."""
+    stages = reproduce.settings(name, 7)[:-1]
+    for part, told in zip(reproduce.chain(name), stages, strict=True):
+        before = stage_before(told["stage"])
+        if before:
+            (tmp_path / before).mkdir(exist_ok=True)
+            handed = {key: stages[STAGES.index(before)][key] for key in INHERITED[before]}
+            (tmp_path / before / "config.json").write_text(json.dumps({"config": handed}))
+        c = parse_config(["--stage", told["stage"], "--run-dir", str(tmp_path), "--seed", "7",
+                          *RUNS[part].flags.split()])
+        assert told == {key: getattr(c, key) for key in told}
+
+
+def test_a_record_of_other_settings_is_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    monkeypatch.setattr(reproduce, "FOLDER", tmp_path / "runs")
+    told = reproduce.settings("flowmap", 0)
+    del told[1]["velocity"]                              # a setting that is newer than the record
+    file = tmp_path / "flowmap.0.json"
+    file.write_text(json.dumps({"settings": told}))
+    assert reproduce.record_of("flowmap", 0)
+    assert reproduce.missing(["flowmap"], 0) == []
+    assert reproduce.missing(["student"], 0) == ["teacher", "flowmap", "student"]  # its start
+    assert reproduce.missing(["flowmap"], 1) == ["teacher", "flowmap"]
+    told[0]["lr"] *= 2                                   # of the teacher below it
+    file.write_text(json.dumps({"settings": told}))
+    assert not reproduce.record_of("flowmap", 0)
+    assert reproduce.missing(["flowmap"], 0) == ["teacher", "flowmap"]
+
+
+def test_what_is_on_disk_is_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "FOLDER", tmp_path)
+    folder = tmp_path / "seed-0" / "teacher"
+    (folder / "pretrain").mkdir(parents=True)
+    (folder / "pretrain" / "model.safetensors").touch()
+    assert not reproduce.finished("teacher", 0)
+    (folder / "settings.json").write_text(json.dumps(reproduce.settings("teacher", 0)))
+    assert reproduce.finished("teacher", 0) and not reproduce.finished("teacher", 1)
+
+
+def test_logs_are_thinned_to_means():
+    log = [{"step": 10 * i, "loss": float(i), "seconds": 1.0} for i in range(1, 121)]
+    thin = reproduce.thinned(log)
+    assert len(thin) == 60 and thin[0]["loss"] == 1.5 and thin[-1] == {
+        "step": 1200, "loss": 119.5, "seconds": 1.0}
+    assert reproduce.thinned(log[:5]) == log[:5]
+
+
+def test_a_script_that_fails_is_quoted(tmp_path):
+    with pytest.raises(ValueError, match="train.py failed, see .*txt: .*unknown flag --stag"):
+        reproduce.script(tmp_path, "train.py", "--stag", "pretrain")
+
+
+def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monkeypatch):
+    """Two stages of the tiny preset, trained in this process, with a stand-in for eval.py, which
+    takes seconds, that tells weights apart."""
+    tiny = "--preset tiny --guidance 1 --steps 4 --save-every 4"
+    runs = {"teacher": Run("pretrain", "", tiny, steps="1,2"),
+            "flowmap": Run("flowmap", "teacher", "--steps 3", ("euler", "consistency"), "1,2")}
+    claims = [("x", "t", "ed('flowmap', 2) <= 2 * ed('teacher', 1)")]
+    for name, new in (("RUNS", runs), ("TABLES", {"Both": runs}), ("FIGURE", tuple(runs)),
+                      ("CLAIMS", claims), ("RESULTS", tmp_path / "results"),
+                      ("FOLDER", tmp_path / "runs")):
+        monkeypatch.setattr(reproduce, name, new)
+    done = []
+
+    def script(folder, file, *words):
+        done.append((file, folder.name, "--fresh" in words))
+        if file == "train.py":
+            return train.main(list(map(str, words)))
+        stage = reproduce.stage_of(folder.name)
+        ed = float(crc32((folder / stage / "model.safetensors").read_bytes()))
+        measured = {"real_ed": 0.0, "real_ed_std": 0.1, "real_psnr": 40.0,
+                    "real_accuracy": {"all": 1.0}}
+        models = words[words.index("--models") + 1].split(",")
+        measured["rows"] = [{"model": model, "steps": n, "ed": ed, "acc": 1.0, "psnr": 20.0}
+                            for model in models for n in (1, 2)]
+        (folder / "eval").mkdir(exist_ok=True)
+        (folder / "eval" / "results.json").write_text(json.dumps(measured))
+    monkeypatch.setattr(reproduce, "script", script)
+    made = ["--seeds", "1", "--jobs", "1"]
+    reproduce.main(made)
+    first = {name: reproduce.record_of(name, 0) for name in runs}
+    assert [(row["model"], row["steps"]) for row in first["flowmap"]["rows"]] == [
+        ("flowmap", 1), ("flowmap", 2), ("flowmap:consistency", 1), ("flowmap:consistency", 2)]
+    assert first["flowmap"]["log"][-1]["step"] == 3 and first["flowmap"]["git"]
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert "inconclusive at 1 seeds" in text and "| flowmap:consistency | 1 |" in text
+
+    done.clear()
+    reproduce.main(made)
+    assert not done                                      # nothing is missing
+    shutil.rmtree(tmp_path / "runs" / "seed-0" / "flowmap")
+    (tmp_path / "results" / "flowmap.0.json").unlink()
+    reproduce.main(made)                                 # from the teacher that is there
+    assert done == [("train.py", "flowmap", False), ("eval.py", "flowmap", False)]
+    assert reproduce.record_of("flowmap", 0)["rows"] == first["flowmap"]["rows"]
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "results" / "flowmap.0.json").unlink()
+    reproduce.main(made)                                 # from a teacher that is trained again
+    assert [name for _, name, _ in done[2:]] == ["teacher", "teacher", "flowmap", "flowmap"]
+    assert reproduce.record_of("flowmap", 0)["rows"] == first["flowmap"]["rows"]
+
+    done.clear()
+    runs["flowmap"] = Run("flowmap", "teacher", "--steps 2", steps="1")
+    reproduce.main(made)                                 # other settings: trained anew
+    assert done == [("train.py", "flowmap", True), ("eval.py", "flowmap", False)]
+    assert reproduce.record_of("flowmap", 0)["log"][-1]["step"] == 2
+
+
+def test_records_and_tables_in_the_repository_belong_together(tmp_path, monkeypatch):
+    """results/README.md is what its records give, and no record is stale."""
+    files = sorted(reproduce.RESULTS.glob("*.json"))
+    assert set(reproduce.records()) == {
+        (file.stem.rpartition(".")[0], int(file.stem.rpartition(".")[2])) for file in files}
+    for file in files:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    committed = (reproduce.RESULTS / "README.md").read_text()
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    reproduce.tables()
+    assert (tmp_path / "README.md").read_text() == committed
+    assert sum(file.stat().st_size for file in reproduce.RESULTS.iterdir()) < 3e6
+
+
+def test_compare_draws_a_run_over_the_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "log.jsonl").write_text("".join(
+        json.dumps({"step": 10 * i, "loss": 1 / i, "grad_norm": 1.0, "lr": 1e-3, "seconds": 1})
+        + "\n" for i in range(1, 9)))
+    reproduce.main(["compare", str(tmp_path)])
+    assert (tmp_path / "compare-pretrain.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="no log.jsonl"):
+        reproduce.compare(tmp_path / "pretrain")

@@ -13,6 +13,7 @@
 `write`: attention of a compressed chunk to all compressed chunks before it grows with the video;
 --window bounds it.
 """
+import argparse
 import json
 import os
 import subprocess
@@ -20,20 +21,87 @@ import sys
 from dataclasses import replace
 from itertools import product
 
+import cli
+from config import STAGES, Config, chunks_of, recipe
+
+MEASURES = ("write", "plan", "check", "flops", "peers", "costs", "gpu")
+# Height and width of the latents.
+SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52),
+         "wan-14b": (60, 104)}
+
+
+def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
+    """The flags, and the parser, for errors that only the work shows."""
+    parser = cli.Parser("Measure speed, plan memory.",
+                        "python bench.py plan --preset wan-14b --causal --gpus 8")
+    add = parser.add_argument
+    add("what", type=cli.choice(MEASURES),
+        help="write: cost of appending a chunk; plan: memory and traffic of training, simulated; "
+        "check: the simulation against measurement; flops: arithmetic of training; peers: against "
+        "Diffusers' networks; costs: of updates, as ratios; gpu: what this machine's GPU does")
+    add("--preset", type=cli.choice(tuple(SIZES)), default="toy", metavar="NAME",
+        help="size of the network (default toy)")
+    add("--chunk-frames", type=int, default=3, help="write: latent frames of a chunk (default 3)")
+    add("--full-chunks", type=int, default=3,
+        help="write: full chunks, the newest included (default 3)")
+    add("--window", type=int, default=0, help="write: past chunks that are kept (default 0: all)")
+    add("--repeats", type=int, default=5,
+        help="write, peers, costs: runs; write: the fastest of each chunk counts (default 5)")
+    add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
+        help="write: auto, cpu or cuda (default auto)")
+    add("--gpus", type=int, default=8, help="plan: processes (default 8)")
+    add("--memory", type=int, default=80,
+        help="plan: GB (10^9 bytes) of a GPU, to say what fits (default 80)")
+    add("--stage", type=cli.choice(("all", *STAGES)), default="all", metavar="NAME",
+        help="plan: one stage (default all)")
+    add("--causal", action="store_true", help="plan: the chunk-by-chunk network (default off)")
+    add("--lora-rank", type=int,
+        help="plan: rank of the adapters, 0 for all weights (default: the recipe's)")
+    add("--checkpointing", type=int, nargs="?", const=1, metavar="N",
+        help="plan, flops: activation checkpointing, of every Nth block (alone: of every one); "
+        "plan: 0 is none (default both, and flops: of every one)")
+    add("--micro-steps", type=int, default=2,
+        help="plan: micro-batches an update; more than 2 take what 2 take (default 2)")
+    add("--frames", type=int, default=81, help="plan: pixel frames (default 81)")
+    add("--height", type=int, default=480, help="plan: pixels (default 480)")
+    add("--width", type=int, default=832, help="plan: pixels (default 832)")
+    args = parser.parse(argv)
+    at_least_1 = ("chunk_frames", "repeats", "gpus", "memory", "micro_steps", "frames", "height",
+                  "width")
+    for name in at_least_1:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.causal and args.stage == "pretrain":
+        parser.error("--causal is for stages flowmap and distill; the teacher sees whole clips")
+    if (args.lora_rank or 0) < 0 or args.window < 0 or args.full_chunks < 0:
+        parser.error("--lora-rank, --window and --full-chunks: must be at least 0")
+    if args.what in ("plan", "flops") and args.preset.startswith("wan"):
+        check_clip(args, parser)
+    return args, parser
+
+
+def check_clip(args, parser) -> int:
+    """Pixels that a latent of Wan covers, each way. Ends with a message for clips that have no
+    latents."""
+    pixels = 16 if args.preset == "wan-5b" else 8
+    if (args.frames - 1) % 4 or args.height % (2 * pixels) or args.width % (2 * pixels):
+        parser.error(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and "
+                     f"--width {args.width} multiples of {2 * pixels}")
+    return pixels
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)   # answers --help and wrong flags, before what takes seconds to import
+
 import torch
 from tqdm import tqdm
 
-import cli
 import distributed
 import flops
 import plan
 import speed
-from config import STAGES, Config, chunks_of, recipe
 from model import PRESETS
 
-# Height and width of the latents.
-SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52),
-         "wan-14b": (60, 104)}
 GB = 1e9
 
 
@@ -50,10 +118,7 @@ def case_of(args, stage: str, checkpointing: int, parser) -> plan.Case:
     config, wan = PRESETS[args.preset], args.preset.startswith("wan")
     shape = (4, config.channels, *SIZES[args.preset])
     if wan:
-        pixels = 16 if args.preset == "wan-5b" else 8            # that a latent covers, each way
-        if (args.frames - 1) % 4 or args.height % (2 * pixels) or args.width % (2 * pixels):
-            parser.error(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and "
-                         f"--width {args.width} multiples of {2 * pixels}")
+        pixels = check_clip(args, parser)
         frames = (args.frames - 1) // 4 + 1
         shape = (frames, config.channels, args.height // pixels, args.width // pixels)
     settings = recipe(args.preset, stage, args.causal) | {
@@ -193,53 +258,6 @@ def write_main(args, parser) -> None:
           f"{best[63][1] / best[7][1]:.2f} x in arithmetic outside attention")
 
 
-def parse_args(argv=None):
-    parser = cli.Parser("Measure speed, plan memory.",
-                        "python bench.py plan --preset wan-14b --causal --gpus 8")
-    add = parser.add_argument
-    add("what", type=cli.choice(tuple(WHAT)),
-        help="write: cost of appending a chunk; plan: memory and traffic of training, simulated; "
-        "check: the simulation against measurement; flops: arithmetic of training; peers: against "
-        "Diffusers' networks; costs: of updates, as ratios; gpu: what this machine's GPU does")
-    add("--preset", type=cli.choice(tuple(SIZES)), default="toy", metavar="NAME",
-        help="size of the network (default toy)")
-    add("--chunk-frames", type=int, default=3, help="write: latent frames of a chunk (default 3)")
-    add("--full-chunks", type=int, default=3,
-        help="write: full chunks, the newest included (default 3)")
-    add("--window", type=int, default=0, help="write: past chunks that are kept (default 0: all)")
-    add("--repeats", type=int, default=5,
-        help="write, peers, costs: runs; write: the fastest of each chunk counts (default 5)")
-    add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
-        help="write: auto, cpu or cuda (default auto)")
-    add("--gpus", type=int, default=8, help="plan: processes (default 8)")
-    add("--memory", type=int, default=80,
-        help="plan: GB (10^9 bytes) of a GPU, to say what fits (default 80)")
-    add("--stage", type=cli.choice(("all", *STAGES)), default="all", metavar="NAME",
-        help="plan: one stage (default all)")
-    add("--causal", action="store_true", help="plan: the chunk-by-chunk network (default off)")
-    add("--lora-rank", type=int,
-        help="plan: rank of the adapters, 0 for all weights (default: the recipe's)")
-    add("--checkpointing", type=int, nargs="?", const=1, metavar="N",
-        help="plan, flops: activation checkpointing, of every Nth block (alone: of every one); "
-        "plan: 0 is none (default both, and flops: of every one)")
-    add("--micro-steps", type=int, default=2,
-        help="plan: micro-batches an update; more than 2 take what 2 take (default 2)")
-    add("--frames", type=int, default=81, help="plan: pixel frames (default 81)")
-    add("--height", type=int, default=480, help="plan: pixels (default 480)")
-    add("--width", type=int, default=832, help="plan: pixels (default 832)")
-    args = parser.parse(argv)
-    at_least_1 = ("chunk_frames", "repeats", "gpus", "memory", "micro_steps", "frames", "height",
-                  "width")
-    for name in at_least_1:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.causal and args.stage == "pretrain":
-        parser.error("--causal is for stages flowmap and distill; the teacher sees whole clips")
-    if (args.lora_rank or 0) < 0 or args.window < 0 or args.full_chunks < 0:
-        parser.error("--lora-rank, --window and --full-chunks: must be at least 0")
-    return args, parser
-
-
 def main(argv=None) -> None:
     args, parser = parse_args(argv)
     if args.what == "check" and "BENCH_CASE" in os.environ:      # a process that check_main started
@@ -251,7 +269,7 @@ def main(argv=None) -> None:
 
 
 WHAT = {"write": write_main, "plan": plan_main, "check": check_main, "flops": flops_main,
-        "peers": peers_main, "costs": costs_main, "gpu": gpu_main}
+        "peers": peers_main, "costs": costs_main, "gpu": gpu_main}       # by name in MEASURES
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ DERIVATIVES = ("finite-difference", "jvp")
 VELOCITIES = ("data", "teacher")
 TIME_WEIGHTS = ("beta", "uniform", "normal")
 SIMULATIONS = ("flow-map", "consistency")
+SAMPLERS = ("euler", "consistency")
 
 
 @dataclass

@@ -6,6 +6,7 @@
 Legend:  B batch   T pixel frames   H, W picture (both `size` but in shards)   F, C, h, w latents
 Videos are float32 (B, T, 3, H, W) in [-1, 1]. Every clip is a pure function of (seed, index).
 """
+import argparse
 import fcntl
 import hashlib
 import json
@@ -18,13 +19,52 @@ from itertools import count
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import cli
+
+
+def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
+    """The flags, and the parser, for errors that only the work shows."""
+    parser = cli.Parser(
+        "Videos to shards of latents, for training on Wan.",
+        "python data.py encode --videos clips --base Wan2.1-T2V-1.3B-Diffusers --out shards")
+    add = parser.add_argument
+    add("what", type=cli.choice(("encode", "check")),
+        help="encode videos, or check the shards of a folder")
+    add("shards", type=Path, nargs="?", help="check: the folder of shards")
+    add("--videos", type=Path,
+        help="folder of mp4, gif, mov, webm, with captions in .txt or .jsonl files (default none)")
+    add("--base", type=Path, help="Wan pipeline folder, for its encoders (default none)")
+    add("--out", type=Path, help="folder of the shards; the same command goes on (default none)")
+    add("--frames", type=int, default=81, help="pixel frames, 4 n + 1 (default 81)")
+    add("--height", type=int, default=480,
+        help="pixels, a multiple of 16, or of 32 for Wan2.2-TI2V-5B (default 480)")
+    add("--width", type=int, default=832, help="pixels, as --height (default 832)")
+    add("--fps", type=float, help="frame rate that clips are brought to (default: the network's, "
+        "16, or 24 for Wan2.2-TI2V-5B)")
+    add("--text-length", type=int, default=512, help="tokens of a prompt (default 512)")
+    add("--clips-per-shard", type=int, default=64, help="clips in a file (default 64)")
+    add("--dtype", type=cli.choice(("bfloat16", "float16", "float32")), default="bfloat16",
+        metavar="NAME", help="type on disk: bfloat16, float16 or float32 (default bfloat16)")
+    add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
+        help="auto, cpu or cuda (default auto)")
+    args = parser.parse(argv)
+    if args.what == "check" and not args.shards:
+        parser.error("check needs the folder of the shards")
+    for name in ("videos", "base", "out") if args.what == "encode" else ():
+        if not getattr(args, name):
+            parser.error(f"encode needs --{name}")
+    return args, parser
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)   # answers --help and wrong flags, before what takes seconds to import
+
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import cli
 import encoders
 import media
 from media import decode, read_clip
@@ -517,35 +557,7 @@ def check(args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = cli.Parser(
-        "Videos to shards of latents, for training on Wan.",
-        "python data.py encode --videos clips --base Wan2.1-T2V-1.3B-Diffusers --out shards")
-    add = parser.add_argument
-    add("what", type=cli.choice(("encode", "check")),
-        help="encode videos, or check the shards of a folder")
-    add("shards", type=Path, nargs="?", help="check: the folder of shards")
-    add("--videos", type=Path,
-        help="folder of mp4, gif, mov, webm, with captions in .txt or .jsonl files (default none)")
-    add("--base", type=Path, help="Wan pipeline folder, for its encoders (default none)")
-    add("--out", type=Path, help="folder of the shards; the same command goes on (default none)")
-    add("--frames", type=int, default=81, help="pixel frames, 4 n + 1 (default 81)")
-    add("--height", type=int, default=480,
-        help="pixels, a multiple of 16, or of 32 for Wan2.2-TI2V-5B (default 480)")
-    add("--width", type=int, default=832, help="pixels, as --height (default 832)")
-    add("--fps", type=float, help="frame rate that clips are brought to (default: the network's, "
-        "16, or 24 for Wan2.2-TI2V-5B)")
-    add("--text-length", type=int, default=512, help="tokens of a prompt (default 512)")
-    add("--clips-per-shard", type=int, default=64, help="clips in a file (default 64)")
-    add("--dtype", type=cli.choice(("bfloat16", "float16", "float32")), default="bfloat16",
-        metavar="NAME", help="type on disk: bfloat16, float16 or float32 (default bfloat16)")
-    add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
-        help="auto, cpu or cuda (default auto)")
-    args = parser.parse(argv)
-    if args.what == "check" and not args.shards:
-        parser.error("check needs the folder of the shards")
-    for name in ("videos", "base", "out") if args.what == "encode" else ():
-        if not getattr(args, name):
-            parser.error(f"encode needs --{name}")
+    args, parser = parse_args(argv)
     try:
         if args.what == "encode":
             encode(args)

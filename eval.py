@@ -20,21 +20,51 @@ trained length ("model #1", "model #2", ...) is measured as a clip.
 Frechet distances depend on the number of samples: compare only at the same --count. The printed
 floor is the distance of fresh real clips, its +- the noise to expect at that count.
 """
+import argparse
 import json
 import textwrap
 import time
 from pathlib import Path
 
+import cli
+from config import SAMPLERS, record_of
+
+
+def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
+    """The flags, and the parser, for errors that only the work shows."""
+    parser = cli.Parser("Measure models at several step counts: a table, a figure, contact sheets.",
+                        "python eval.py --models distill,flowmap:consistency --steps 1,2,4")
+    add = parser.add_argument
+    add("--run-dir", type=Path, help="the run (default runs/toy-shapes; what is shipped, until it "
+        "is there)")
+    add("--models", metavar="M,M,...", help="stages of the run or folders of stages, each with an "
+        "optional ':consistency' sampler (default: all finished, and flowmap:consistency)")
+    add("--steps", type=cli.positive_ints, default=[1, 2, 4, 8, 16, 32], metavar="N,N,...",
+        help="step counts (default 1,2,4,8,16,32)")
+    add("--count", type=int, least=2, default=480,
+        help="clips a model and step count (default 480)")
+    add("--length", type=int, least=1, default=1,
+        help="causal: clips of so many times the trained length (default 1)")
+    add("--guidance", type=float,
+        help="the teacher's guidance scale (default: the one fused into the flow map)")
+    add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
+        help="auto, cpu or cuda (default auto)")
+    add("--out", type=Path, help="folder for the results (default RUN_DIR/eval; "
+        "runs/shipped of what is shipped)")
+    return parser.parse(argv), parser
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)   # answers --help and wrong flags, before what takes seconds to import
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import cli
 import data
 import distributed
 import flowmap
-from config import record_of
-from pipeline import SAMPLERS, Pipeline, generate, load_pipeline
+from pipeline import Pipeline, generate, load_pipeline
 from sample import SHIPPED, default_run, newest_stage, to_pixels, write_frames, write_picture
 
 HELD_OUT = 1_000_000         # clip seeds from here on are never used in training
@@ -227,26 +257,8 @@ def parse_models(run: Path, text: str | None) -> list[tuple[str, Path, str]]:
 
 
 def main(argv=None) -> None:
-    parser = cli.Parser("Measure models at several step counts: a table, a figure, contact sheets.",
-                        "python eval.py --models distill,flowmap:consistency --steps 1,2,4")
-    add = parser.add_argument
-    add("--run-dir", type=Path, help="the run (default runs/toy-shapes; what is shipped, until it "
-        "is there)")
-    add("--models", metavar="M,M,...", help="stages of the run or folders of stages, each with an "
-        "optional ':consistency' sampler (default: all finished, and flowmap:consistency)")
-    add("--steps", type=cli.positive_ints, default=[1, 2, 4, 8, 16, 32], metavar="N,N,...",
-        help="step counts (default 1,2,4,8,16,32)")
-    add("--count", type=int, least=2, default=480,
-        help="clips a model and step count (default 480)")
-    add("--length", type=int, least=1, default=1,
-        help="causal: clips of so many times the trained length (default 1)")
-    add("--guidance", type=float,
-        help="the teacher's guidance scale (default: the one fused into the flow map)")
-    add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
-        help="auto, cpu or cuda (default auto)")
-    add("--out", type=Path, help="folder for the results (default RUN_DIR/eval; "
-        "runs/shipped of what is shipped)")
-    args, started = parser.parse(argv), time.time()
+    started = time.time()
+    args, parser = parse_args(argv)
     run = args.run_dir or (Path("runs/toy-shapes") if args.models and "/" in args.models
                            else default_run())
     shipped = run.resolve() == SHIPPED.resolve()

@@ -19,17 +19,38 @@ Shapes: z (B, P, 2) is B clips of P points, times are (B,): the points of a clip
 as the frames of a video do. P is not 1, because losses divide by the error of a clip. In a video
 that is a mean over many numbers; of one point it is mostly luck, and the flow map is then biased.
 """
+import argparse
 import copy
 import math
 import time
 from pathlib import Path
+
+import cli
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = cli.Parser("The three stages on points in the plane, beside the exact flow map.",
+                        "python plane.py --seed 1 --out seed1.png")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and training (default 0)")
+    parser.add_argument("--updates", type=float, default=1.0, metavar="FACTOR",
+                        help="train so many times as long (default 1.0)")
+    parser.add_argument("--out", type=Path, default=Path("plane.png"),
+                        help="the picture, a PNG (default plane.png)")
+    args = parser.parse(argv)
+    if not 0.01 <= args.updates <= 100:
+        parser.error(f"--updates {args.updates}: give a factor from 0.01 to 100")
+    cli.check_folder(args.out.parent, "--out")
+    return args
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)   # answers --help and wrong flags, before what takes seconds to import
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import backward_sim
-import cli
 import dmd
 import flowmap
 import meanflow
@@ -262,17 +283,8 @@ def draw_figure(out: Path, models: dict, samples: dict, errors: dict, z_1) -> bo
 
 
 def main(argv=None) -> None:
-    parser = cli.Parser("The three stages on points in the plane, beside the exact flow map.",
-                        "python plane.py --seed 1 --out seed1.png")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and training (default 0)")
-    parser.add_argument("--updates", type=float, default=1.0, metavar="FACTOR",
-                        help="train so many times as long (default 1.0)")
-    parser.add_argument("--out", type=Path, default=Path("plane.png"),
-                        help="the picture, a PNG (default plane.png)")
-    args, started = parser.parse(argv), time.time()
-    if not 0.01 <= args.updates <= 100:
-        parser.error(f"--updates {args.updates}: give a factor from 0.01 to 100")
-    cli.check_folder(args.out.parent, "--out")
+    started = time.time()
+    args = parse_args(argv)
     updates = {stage: round(args.updates * count) for stage, count in UPDATES.items()}
 
     teacher = pretrain(args.seed, updates["pretrain"])

@@ -3,6 +3,7 @@
     python play.py                                  the toy run, or the models that are shipped
     python play.py --ckpt WEIGHTS --base WAN_DIR    Wan's and AnyFlow's weights, in any words
 """
+import argparse
 import base64
 import itertools
 import json
@@ -17,22 +18,43 @@ from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import cli
+from config import folder_of, record_of
+
+SIZES = {"frames": 81, "height": 480, "width": 832}      # of clips of weights without a run
+
+
+def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
+    """The flags, and the parser, for errors that only the work shows."""
+    parser = cli.Parser("A page to play with.", "python play.py --run-dir runs/toy-loop")
+    add = parser.add_argument
+    add("--run-dir", type=Path, help="the run (default runs/toy-shapes, or what is shipped)")
+    add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: all of the run)")
+    add("--base", type=Path, help="the weights' pipeline folder, for its encoders (default none)")
+    for name, default in SIZES.items():
+        add(f"--{name}", type=int, default=default,
+            help=f"in pixels, for weights without a run (default {default})")
+    add("--port", type=int, default=8000, help="of the page, 0: any that is free (default 8000)")
+    add("--no-browser", action="store_true", help="open no browser (default off)")
+    return parser.parse(argv), parser
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)   # answers --help and wrong flags, before what takes seconds to import
+
 import imageio.v3 as iio
 import torch
 
-import cli
 import data
 import distributed
 import flowmap
 import runs
-from config import folder_of, record_of
 from pipeline import latents, load_pipeline, stream
 from sample import default_run, newest_stage, to_pixels
 
 PAGE = Path(__file__).with_name("play.html")
 MODELS = (("teacher", "pretrain", "euler"), ("flow map", "flowmap", "euler"),
           ("student", "distill", "euler"), ("consistency sampler", "flowmap", "consistency"))
-SIZES = {"frames": 81, "height": 480, "width": 832}      # of clips of weights without a run
 MODES = ("compare", "steps", "strip", "stream")
 HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; frame-ancestors "
            "'none'", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
@@ -250,17 +272,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(argv=None) -> None:
-    parser = cli.Parser("A page to play with.", "python play.py --run-dir runs/toy-loop")
-    add = parser.add_argument
-    add("--run-dir", type=Path, help="the run (default runs/toy-shapes, or what is shipped)")
-    add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: all of the run)")
-    add("--base", type=Path, help="the weights' pipeline folder, for its encoders (default none)")
-    for name, default in SIZES.items():
-        add(f"--{name}", type=int, default=default,
-            help=f"in pixels, for weights without a run (default {default})")
-    add("--port", type=int, default=8000, help="of the page, 0: any that is free (default 8000)")
-    add("--no-browser", action="store_true", help="open no browser (default off)")
-    args = parser.parse(argv)
+    args, parser = parse_args(argv)
     player = Player(args, distributed.start("auto").device)
     try:
         server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)

@@ -13,6 +13,100 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
+import cli
+from config import SAMPLERS, STAGES, folder_of
+
+
+def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
+    """The flags, and the parser, for errors that only the work shows."""
+    parser = cli.Parser(
+        "Sample clips from a trained run.",
+        'python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4')
+    add = parser.add_argument
+    add("--prompt", action="append", default=[], help="what to show; repeatable (default none)")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or a .json list of prompts "
+        "or of VBench's entries with prompt_en (default none)")
+    add("--run-dir", type=Path, help="the run (default runs/toy-shapes; what is shipped, until it "
+        "is there)")
+    add("--causal", action="store_true", help="sample the run's causal student (default off)")
+    add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: of --run-dir)")
+    add("--base", type=Path, help="the weights' pipeline folder, for its encoders: Wan2.1 or "
+        "Wan2.2-TI2V-5B (default none, for networks of the toy sets)")
+    add("--height", type=int, least=1, default=480,
+        help="pixels, for weights without a run (default 480)")
+    add("--width", type=int, least=1, default=832,
+        help="pixels, for weights without a run (default 832)")
+    add("--stage", type=cli.choice(STAGES), metavar="NAME",
+        help="pretrain, flowmap or distill (default: the furthest that is finished)")
+    add("--steps", type=int, least=1, default=4,
+        help="network calls, any number from 1 up (default 4)")
+    add("--grid", metavar="T,...", help="times from 1 to 0, in place of --steps (default none)")
+    add("--shift", type=float, help="timestep shift of the grid (default: the one trained with)")
+    add("--seed", type=int, default=0, help="of the first clip; others count on (default 0)")
+    add("--per-prompt", type=int, least=1, default=1, help="clips of each prompt (default 1)")
+    add("--sampler", type=cli.choice(SAMPLERS), default="euler", metavar="NAME", help="euler "
+        "follows the flow map; consistency re-noises at each step (default euler)")
+    add("--guidance", type=float, help="guidance scale, 1 is none (default: the teacher's of its "
+        "recipe; 1 where it is built in: for flow maps and the consistency sampler)")
+    add("--frames", type=int, least=1, help="pixel frames: of causal models, rounded up to whole "
+        "chunks; or for weights without a run (default: as trained, or 81)")
+    add("--chunks", type=cli.positive_ints, metavar="N,N,...", help="latent frames a chunk, for "
+        "causal weights that do not say so, as Self-Forcing's 3,3,3,3,3,3,3 (default none)")
+    add("--image", type=Path, help="the clip starts with this picture: an input of Wan2.1-I2V; of "
+        "others the first chunk or, of a bidirectional model, latent frame (default none)")
+    add("--video", type=Path, help="causal: go on from the chunks of this clip (default none)")
+    add("--prompt-at", nargs=2, action="append", default=[], metavar=("M", "PROMPT"),
+        help="causal: another prompt from chunk M = 0, 1, ... on; repeatable (default none)")
+    add("--window", type=int, help="causal: past chunks kept, 0: all (default: as in training)")
+    add("--stream", action="store_true", help="write and time chunk by chunk (default off)")
+    add("--tiling", action="store_true", help="Wan's autoencoder works in overlapping tiles: less "
+        "GPU memory, a little slower (default off)")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=None, help="weights in bf16, or "
+        "with --no-bf16 in fp32 (default: bf16 for Wan's networks on a GPU)")
+    add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
+        help="auto, cpu or cuda (default auto)")
+    add("--out", type=Path, default=Path("clip.mp4"),
+        help="a .mp4, .gif or .png file; several clips are numbered (default clip.mp4)")
+    add("--vbench", action="store_true", help="clips PROMPT-0.mp4, ... in --out (default off)")
+    add("--save-latents", type=Path, metavar="SHARDS", help="write shards to train on, in place of "
+        "clips; also under torchrun, and the same command goes on (default none)")
+    add("--sheet", type=Path, metavar="PNG", help="also a row of each clip's frames (default none)")
+    args = parser.parse(argv)
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args, parser
+
+
+def check(args) -> None:
+    """Raises ValueError for what is wrong whatever the weights are."""
+    if args.prompts and not args.prompts.is_file():
+        raise ValueError(f"--prompts {args.prompts}: no such file")
+    if not args.prompt and not args.prompts:
+        raise ValueError('no prompt: give --prompt "..." or --prompts FILE')
+    if args.image and args.video:
+        raise ValueError("--image and --video: give one of them")
+    for chunk, _ in args.prompt_at:
+        if not chunk.isdecimal():
+            raise ValueError(f"--prompt-at {chunk}: the chunk must be a number from 0 up")
+    if not args.vbench and args.out.suffix not in (".mp4", ".gif", ".png"):
+        raise ValueError(f"--out {args.out}: the name must end in .mp4, .gif or .png")
+    if args.sheet and args.sheet.suffix != ".png":
+        raise ValueError(f"--sheet {args.sheet}: the name must end in .png")
+    for flag, path in (("--out", not args.vbench and args.out), ("--sheet", args.sheet)):
+        if path and path.is_dir():
+            raise ValueError(f"{flag} {path}: is a folder; give the name of a file")
+    cli.check_folder(args.out if args.vbench else args.out.parent, "--out")
+    if args.save_latents:
+        cli.check_folder(args.save_latents, "--save-latents")
+    if args.sheet:
+        cli.check_folder(args.sheet.parent, "--sheet")
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)   # answers --help and wrong flags, before what takes seconds to import
+
 import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
@@ -20,16 +114,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import cli
 import data
 import distributed
 import encoders
 import flowmap
 import runs
 import wan
-from config import folder_of
 from pipeline import (
-    SAMPLERS,
     Pipeline,
     chunks_for,
     generate,
@@ -125,83 +216,6 @@ def default_run() -> Path:
     return SHIPPED
 
 
-def make_parser() -> cli.Parser:
-    parser = cli.Parser(
-        "Sample clips from a trained run.",
-        'python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4')
-    add = parser.add_argument
-    add("--prompt", action="append", default=[], help="what to show; repeatable (default none)")
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or a .json list of prompts "
-        "or of VBench's entries with prompt_en (default none)")
-    add("--run-dir", type=Path, help="the run (default runs/toy-shapes; what is shipped, until it "
-        "is there)")
-    add("--causal", action="store_true", help="sample the run's causal student (default off)")
-    add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: of --run-dir)")
-    add("--base", type=Path, help="the weights' pipeline folder, for its encoders: Wan2.1 or "
-        "Wan2.2-TI2V-5B (default none, for networks of the toy sets)")
-    add("--height", type=int, least=1, default=480,
-        help="pixels, for weights without a run (default 480)")
-    add("--width", type=int, least=1, default=832,
-        help="pixels, for weights without a run (default 832)")
-    add("--stage", type=cli.choice(("pretrain", "flowmap", "distill")), metavar="NAME",
-        help="pretrain, flowmap or distill (default: the furthest that is finished)")
-    add("--steps", type=int, least=1, default=4,
-        help="network calls, any number from 1 up (default 4)")
-    add("--grid", metavar="T,...", help="times from 1 to 0, in place of --steps (default none)")
-    add("--shift", type=float, help="timestep shift of the grid (default: the one trained with)")
-    add("--seed", type=int, default=0, help="of the first clip; others count on (default 0)")
-    add("--per-prompt", type=int, least=1, default=1, help="clips of each prompt (default 1)")
-    add("--sampler", type=cli.choice(SAMPLERS), default="euler", metavar="NAME", help="euler "
-        "follows the flow map; consistency re-noises at each step (default euler)")
-    add("--guidance", type=float, help="guidance scale, 1 is none (default: the teacher's of its "
-        "recipe; 1 where it is built in: for flow maps and the consistency sampler)")
-    add("--frames", type=int, least=1, help="pixel frames: of causal models, rounded up to whole "
-        "chunks; or for weights without a run (default: as trained, or 81)")
-    add("--chunks", type=cli.positive_ints, metavar="N,N,...", help="latent frames a chunk, for "
-        "causal weights that do not say so, as Self-Forcing's 3,3,3,3,3,3,3 (default none)")
-    add("--image", type=Path, help="the clip starts with this picture: an input of Wan2.1-I2V; of "
-        "others the first chunk or, of a bidirectional model, latent frame (default none)")
-    add("--video", type=Path, help="causal: go on from the chunks of this clip (default none)")
-    add("--prompt-at", nargs=2, action="append", default=[], metavar=("M", "PROMPT"),
-        help="causal: another prompt from chunk M = 0, 1, ... on; repeatable (default none)")
-    add("--window", type=int, help="causal: past chunks kept, 0: all (default: as in training)")
-    add("--stream", action="store_true", help="write and time chunk by chunk (default off)")
-    add("--tiling", action="store_true", help="Wan's autoencoder works in overlapping tiles: less "
-        "GPU memory, a little slower (default off)")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=None, help="weights in bf16, or "
-        "with --no-bf16 in fp32 (default: bf16 for Wan's networks on a GPU)")
-    add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
-        help="auto, cpu or cuda (default auto)")
-    add("--out", type=Path, default=Path("clip.mp4"),
-        help="a .mp4, .gif or .png file; several clips are numbered (default clip.mp4)")
-    add("--vbench", action="store_true", help="clips PROMPT-0.mp4, ... in --out (default off)")
-    add("--save-latents", type=Path, metavar="SHARDS", help="write shards to train on, in place of "
-        "clips; also under torchrun, and the same command goes on (default none)")
-    add("--sheet", type=Path, metavar="PNG", help="also a row of each clip's frames (default none)")
-    return parser
-
-
-def check(args) -> None:
-    """Raises ValueError for what is wrong whatever the weights are."""
-    if args.image and args.video:
-        raise ValueError("--image and --video: give one of them")
-    for chunk, _ in args.prompt_at:
-        if not chunk.isdecimal():
-            raise ValueError(f"--prompt-at {chunk}: the chunk must be a number from 0 up")
-    if not args.vbench and args.out.suffix not in (".mp4", ".gif", ".png"):
-        raise ValueError(f"--out {args.out}: the name must end in .mp4, .gif or .png")
-    if args.sheet and args.sheet.suffix != ".png":
-        raise ValueError(f"--sheet {args.sheet}: the name must end in .png")
-    for flag, path in (("--out", not args.vbench and args.out), ("--sheet", args.sheet)):
-        if path and path.is_dir():
-            raise ValueError(f"{flag} {path}: is a folder; give the name of a file")
-    cli.check_folder(args.out if args.vbench else args.out.parent, "--out")
-    if args.save_latents:
-        cli.check_folder(args.save_latents, "--save-latents")
-    if args.sheet:
-        cli.check_folder(args.sheet.parent, "--sheet")
-
-
 def read_grid(text: str) -> list[float]:
     try:
         times = [float(t) for t in text.split(",")]
@@ -240,11 +254,9 @@ def sampling_options(args, pipeline: Pipeline, stage: Path) -> dict:
 
 
 def main(argv=None) -> None:
-    parser = make_parser()
-    args = parser.parse(argv)
+    args, parser = parse_args(argv)
     try:
         prompts = read_prompts(args)
-        check(args)
         times = read_grid(args.grid) if args.grid else None
         stage = args.ckpt
         if not stage:
@@ -364,16 +376,12 @@ def read_prompts(args) -> list[str]:
     """Those of --prompt and then those of the file --prompts; ValueError if there are none."""
     captions, path = list(args.prompt), args.prompts
     if path:
-        if not path.is_file():
-            raise ValueError(f"--prompts {path}: no such file")
         if path.suffix == ".json":
             captions += read_list(path)
         else:
             captions += filter(None, map(str.strip, cli.read_text(path).splitlines()))
-    if not captions and path:
-        raise ValueError(f"--prompts {path}: holds no prompt; write one a line")
     if not captions:
-        raise ValueError('no prompt: give --prompt "..." or --prompts FILE')
+        raise ValueError(f"--prompts {path}: holds no prompt; write one a line")
     for prompt in captions + [prompt for _, prompt in args.prompt_at]:
         if not encoders.split_words(prompt):
             raise ValueError(f"prompt {prompt!r}: has no word")

@@ -13,21 +13,20 @@ killed run resumes bit for bit and a global batch is the same however it is spli
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import cli
 from config import Config, chunks_of, command, learning_rate, parse_config
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
-    parse_config()                       # answers, and ends; what is below takes seconds to import
+if __name__ == "__main__":
+    cli.run(parse_config)    # answers --help and wrong flags, before what takes seconds to import
 
 import torch
 from tqdm import tqdm
 
 import checkpoint
-import cli
 import distributed
 import dmd
 import lora

@@ -10,6 +10,7 @@ Read: safetensors (one file, or shards with an index) and .pt / .pth with tensor
 (weights_only=True: no code in a file is ever run), in the layout of Diffusers or Wan's own, bare or
 under an entry such as `generator_ema`.
 """
+import argparse
 import hashlib
 import json
 import shutil
@@ -20,14 +21,39 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import cli
+from config import record_of
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = cli.Parser("Weights of Wan2.1 and AnyFlow, in and out.",
+                        "python wan.py export runs/wan/distill --to anyflow "
+                        "--base Wan2.1-T2V-1.3B-Diffusers")
+    parser.add_argument("what", type=cli.choice(("show", "export")),
+                        help="show: what a path holds; export: for Diffusers")
+    parser.add_argument("path", type=Path, help="a file or folder of weights; for export a "
+                        "finished stage, RUN/STAGE, or Wan weights to become a flow map")
+    parser.add_argument("--to", type=Path, help="export: the new folder, or NAME.safetensors for "
+                        "the adapter alone (default none)")
+    parser.add_argument("--base", type=Path, help="export: a Wan pipeline folder, for text "
+                        "encoder, tokenizer and autoencoder (default none)")
+    parser.add_argument("--copy", action="store_true",
+                        help="export: copy them from --base (default off: link)")
+    args = parser.parse(argv)
+    if args.what == "export" and not args.to:
+        parser.error("export needs --to DIR")
+    return args
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)   # answers --help and wrong flags, before what takes seconds to import
+
 import torch
 from safetensors import SafetensorError, safe_open
 
 import checkpoint
-import cli
 import lora
 from checkpoint import Tensors
-from config import record_of
 from model import FlowMapDiT, ModelConfig, compressed_patch_embed
 
 # Every module by name: ours, Diffusers', Wan's own ('' where a layout has no such tensor).
@@ -528,22 +554,7 @@ def show(path: Path) -> None:
 
 
 def main(argv=None) -> None:
-    parser = cli.Parser("Weights of Wan2.1 and AnyFlow, in and out.",
-                        "python wan.py export runs/wan/distill --to anyflow "
-                        "--base Wan2.1-T2V-1.3B-Diffusers")
-    parser.add_argument("what", type=cli.choice(("show", "export")),
-                        help="show: what a path holds; export: for Diffusers")
-    parser.add_argument("path", type=Path, help="a file or folder of weights; for export a "
-                        "finished stage, RUN/STAGE, or Wan weights to become a flow map")
-    parser.add_argument("--to", type=Path, help="export: the new folder, or NAME.safetensors for "
-                        "the adapter alone (default none)")
-    parser.add_argument("--base", type=Path, help="export: a Wan pipeline folder, for text "
-                        "encoder, tokenizer and autoencoder (default none)")
-    parser.add_argument("--copy", action="store_true",
-                        help="export: copy them from --base (default off: link)")
-    args = parser.parse(argv)
-    if args.what == "export" and not args.to:
-        parser.error("export needs --to DIR")
+    args = parse_args(argv)
     if args.what == "show":
         show(args.path)
     elif args.to.suffix == ".safetensors":

@@ -338,6 +338,51 @@ def test_help_says_of_every_flag_what_it_is_and_its_default(script, monkeypatch,
     assert len(parsers[0]._actions) > 3 and not wrong
 
 
+# What is answered at once, by script: help, and command lines that are wrong.
+AT_ONCE = {
+    "train": ["--help", "--stage distill --help", "--stpes 5", "--steps", "--steps 0"],
+    "sample": ["--help", "", "--prompt a --stpes 5", "--prompt", "--prompt a --steps 0",
+               "--prompt a --sampler heun", "--prompt a --out clip.avi"],
+    "eval": ["--help", "--modles a", "--count", "--count 1"],
+    "data": ["--help", "encode --help", "check --help", "encode --vidoes a", "encode --fps",
+             "encode --fps 0", "check"],
+    "wan": ["--help", "show --help", "export --help", "show a --too b", "show", "export a"],
+    "bench": ["--help", *(f"{what} --help" for what in bench.WHAT), "paln", "plan --gpu 8",
+              "plan --gpus", "plan --gpus 0", "plan --preset wan-14b --frames 80"],
+    "plane": ["--help", "--seeds 1", "--seed", "--updates 0", "--out pyproject.toml/a.png"],
+    "play": ["--help", "--prot 1", "--port", "--port one"],
+}
+# Runs the script argv[1] once for each command line in argv[2], where nothing that takes long can
+# be imported.
+ALONE = """
+import contextlib, io, json, runpy, sys
+script, ended = sys.argv[1], []
+sys.modules |= dict.fromkeys(["torch", "numpy", "safetensors", "imageio", "imageio_ffmpeg", "PIL"])
+for line in json.loads(sys.argv[2]):
+    sys.argv, out, err, code = [script, *line.split()], io.StringIO(), io.StringIO(), "none"
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+    ended.append([line, code, out.getvalue(), err.getvalue()])
+print(json.dumps(ended))
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_wrong_flags_wait_for_no_torch(script):
+    command = [sys.executable, "-c", ALONE, f"{script}.py", json.dumps(AT_ONCE[script])]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    for line, code, out, err in json.loads(run.stdout):
+        if line.endswith("--help"):
+            assert code == 0 and f"example: python {script}.py" in out and not err, line
+        else:
+            assert code == 2 and err.startswith(f"{script}.py: error: "), (line, code, err)
+            assert err.count("\n") == 1 and "halted" not in err and not out, (line, err)
+
+
 def test_as_a_command(folder):
     """The same from a shell."""
     before = listing(folder)

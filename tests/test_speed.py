@@ -1,7 +1,5 @@
 """What keeps a GPU busy, shown without one: no micro-batch asks the device for a value, and blocks
 compile as one graph."""
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import backward_sim
+import bench
 import config
 import distributed
 import flowmap
@@ -134,21 +133,14 @@ def test_a_block_is_one_graph_and_blocks_share_it(causal, rank, monkeypatch):
     assert 0 < two == graphs(case, 3, monkeypatch)
 
 
-def test_choices_are_named_in_the_settings():
+def test_choices_are_named_where_no_torch_is():
     for names, known in ((config.PRESETS, model.PRESETS),
                          (config.TIME_WEIGHTS, flowmap.TIME_WEIGHTS),
                          (config.DERIVATIVES, meanflow.DERIVATIVES),
-                         (config.SIMULATIONS, backward_sim.SIMULATIONS)):
+                         (config.SIMULATIONS, backward_sim.SIMULATIONS),
+                         (config.SAMPLERS, flowmap.SAMPLERS),
+                         (bench.MEASURES, bench.WHAT)):
         assert names == tuple(known)
-
-
-def test_help_of_training_waits_for_no_torch():
-    code = ("import atexit, runpy, sys; sys.argv = ['train.py', '--help']; "
-            "atexit.register(lambda: print('torch' in sys.modules)); "
-            "runpy.run_path('train.py', run_name='__main__')")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                         cwd=model.__file__.rpartition("/")[0])
-    assert "--checkpointing" in run.stdout and run.stdout.endswith("False\n"), run.stderr
 
 
 def test_what_is_sent_has_no_place_twice():

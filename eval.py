@@ -78,8 +78,8 @@ class Frechet:
         pixels = real.flatten(1).double()                        # (B, pixels)
         self.mean = pixels.mean(0)
         some = pixels[:1024] - self.mean                         # more would take a minute
-        _, _, basis = torch.linalg.svd(some, full_matrices=False)
-        self.basis = basis[:components].T                        # (pixels, components)
+        _, vectors = torch.linalg.eigh(some @ some.T)            # the largest last
+        self.basis = torch.linalg.qr(some.T @ vectors[:, -components:])[0]   # (pixels, components)
         self.real = self.statistics(real)
 
     def features(self, clips: torch.Tensor) -> torch.Tensor:

@@ -143,7 +143,8 @@ def test_latents_that_are_no_numbers_name_their_clip(finished, monkeypatch, tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["sample", "export"])
+@pytest.mark.parametrize("name", [
+    pytest.param("sample", marks=pytest.mark.slow), "export"])
 def test_killed_at_any_instant_no_half_file_has_a_final_name(finished, tmp_path, name):
     """The short form of `python tests/kill.py --output sample,stream,export`."""
     kill.check_output(tmp_path, finished, name, kills=1, seed=0)

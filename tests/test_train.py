@@ -217,7 +217,8 @@ def test_no_stage_draws_what_another_drew(finished, tmp_path, form, monkeypatch)
     assert sum(map(len, drawn.values())) == len(set().union(*drawn.values()))
 
 
-@pytest.mark.parametrize("stage", ["distill", "causal-distill"])
+@pytest.mark.parametrize("stage", [
+    "distill", pytest.param("causal-distill", marks=pytest.mark.slow)])
 def test_a_fresh_rollout_leaves_the_weights_sharded_for_the_checkpoint(finished, tmp_path, stage):
     """Its calls, without gradient, are the student's last of an update. With bf16 one process
     shards, too."""
@@ -233,7 +234,9 @@ CONSISTENCY = ("--rollout", "consistency", "--budgets", "2,4")
 
 
 @pytest.mark.parametrize("stage, more", [*((stage, ()) for stage in FOLDERS),
-                                         ("distill", CONSISTENCY), ("causal-distill", CONSISTENCY)])
+                                         ("distill", CONSISTENCY),
+                                         pytest.param("causal-distill", CONSISTENCY,
+                                                      marks=pytest.mark.slow)])
 def test_accumulation_reproduces_the_whole_batch(finished, tmp_path, stage, more):
     flags, whole = ("--log-every", "1", "--steps", "4", *more), finished / stage
     if more:

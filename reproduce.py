@@ -40,40 +40,39 @@ class Run:
 
 
 BOTH = ("euler", "consistency")
-FORWARD, TEACHERS = "--steps 4400", "--velocity teacher --balance 0.1"
-ON_POLICY = "--steps 660 --real-guidance 1"
+TEACHERS, ON_POLICY = "--velocity teacher --balance 0.1", "--steps 660 --real-guidance 1"
+DISTILL = f"{ON_POLICY} --lr-end 0.3 --ema-decay 0.99"
 RUNS = {
     # The main line: guidance 1, where data, teacher and DMD aim at the same distribution.
     "teacher": Run("pretrain", "", "--steps 12000 --guidance 1", steps="1,2,4,8,16,32,50"),
-    "flowmap": Run("flowmap", "teacher", f"{FORWARD} {TEACHERS}"),
-    "student": Run("distill", "flowmap", ON_POLICY, BOTH),
+    "flowmap": Run("flowmap", "teacher", TEACHERS),
+    "student": Run("distill", "flowmap", DISTILL),
     # Consistency: r = 0 in training, in the rollout, in both.
-    "consistency": Run("flowmap", "teacher",
-                       f"{FORWARD} {TEACHERS} --consistency-fraction 0.5", BOTH),
-    "student-rollout": Run("distill", "flowmap", f"{ON_POLICY} --rollout consistency", BOTH),
-    "consistency-student": Run("distill", "consistency", f"{ON_POLICY} --rollout consistency",
-                               BOTH),
-    # Half as long, on the same teacher; and one thing changed in the forward loss.
-    "short": Run("flowmap", "teacher", TEACHERS),
-    "short-student": Run("distill", "short", "--real-guidance 1"),
-    "short-data": Run("flowmap", "teacher", "--velocity data"),
-    "short-data-weight-first": Run("flowmap", "teacher", "--weight-before-balance"),
-    "short-data-no-balance": Run("flowmap", "teacher", "--balance 1e6"),
-    "short-balance-0.01": Run("flowmap", "teacher", "--velocity teacher --balance 0.01"),
-    "short-balance-1": Run("flowmap", "teacher", "--velocity teacher --balance 1"),
-    "short-uniform": Run("flowmap", "teacher", f"{TEACHERS} --time-weight uniform"),
-    "short-normal": Run("flowmap", "teacher", f"{TEACHERS} --time-weight normal"),
-    "short-jvp": Run("flowmap", "teacher", f"{TEACHERS} --derivative jvp"),
-    "short-epsilon-0.0001": Run("flowmap", "teacher", f"{TEACHERS} --epsilon 0.0001"),
-    "short-epsilon-0.02": Run("flowmap", "teacher", f"{TEACHERS} --epsilon 0.02"),
+    "consistency": Run("flowmap", "teacher", f"{TEACHERS} --consistency-fraction 0.5", BOTH),
+    "student-rollout": Run("distill", "flowmap", f"{DISTILL} --rollout consistency", BOTH),
+    "consistency-student": Run("distill", "consistency", f"{DISTILL} --rollout consistency", BOTH),
+    # One thing changed in the forward loss.
+    "flowmap-long": Run("flowmap", "teacher", f"{TEACHERS} --steps 4400"),
+    "flowmap-data": Run("flowmap", "teacher", "--velocity data"),
+    "flowmap-weight-first": Run("flowmap", "teacher", "--weight-before-balance"),
+    "flowmap-no-balance": Run("flowmap", "teacher", "--balance 1e6"),
+    "flowmap-balance-0.01": Run("flowmap", "teacher", "--velocity teacher --balance 0.01"),
+    "flowmap-balance-1": Run("flowmap", "teacher", "--velocity teacher --balance 1"),
+    "flowmap-uniform": Run("flowmap", "teacher", f"{TEACHERS} --time-weight uniform"),
+    "flowmap-normal": Run("flowmap", "teacher", f"{TEACHERS} --time-weight normal"),
+    "flowmap-jvp": Run("flowmap", "teacher", f"{TEACHERS} --derivative jvp"),
+    "flowmap-epsilon-0.0001": Run("flowmap", "teacher", f"{TEACHERS} --epsilon 0.0001"),
+    "flowmap-epsilon-0.02": Run("flowmap", "teacher", f"{TEACHERS} --epsilon 0.02"),
     # One thing changed on policy.
-    "student-no-cotraining": Run("distill", "flowmap", f"{ON_POLICY} --cotrain 0"),
-    "student-fresh": Run("distill", "flowmap", f"{ON_POLICY} --fake-rollout fresh"),
-    "student-few-steps": Run("distill", "flowmap", f"{ON_POLICY} --budgets 1,2,4"),
+    "student-short": Run("distill", "flowmap", "--real-guidance 1"),
+    "student-long": Run("distill", "flowmap-long", ON_POLICY, BOTH),
+    "student-no-cotraining": Run("distill", "flowmap", f"{DISTILL} --cotrain 0"),
+    "student-fresh": Run("distill", "flowmap", f"{DISTILL} --fake-rollout fresh"),
+    "student-few-steps": Run("distill", "flowmap", f"{DISTILL} --budgets 1,2,4"),
     # Broken on purpose, for docs/runs.md.
-    "broken-fake-score": Run("distill", "flowmap", f"{ON_POLICY} --fake-lr 1e-6", seeds=1),
+    "broken-fake-score": Run("distill", "flowmap", f"{DISTILL} --fake-lr 1e-6", seeds=1),
     "broken-guidance": Run("distill", "flowmap", "--steps 660 --real-guidance 8", seeds=1),
-    "broken-learning-rate": Run("distill", "flowmap", f"{ON_POLICY} --lr 0.01", seeds=1),
+    "broken-learning-rate": Run("distill", "flowmap", f"{DISTILL} --lr 0.01", seeds=1),
     "broken-average": Run("pretrain", "", "--steps 3000 --guidance 1 --ema-decay 0.9999 "
                           "--ema-start 0", steps="8,32", seeds=1),
     "broken-text": Run("pretrain", "", "--steps 3000 --text-drop 0", steps="8,32", seeds=1),
@@ -81,9 +80,9 @@ RUNS = {
 TABLES = {
     "The main line, and consistency": ("teacher", "flowmap", "student", "consistency",
                                        "student-rollout", "consistency-student"),
-    "The forward loss": [name for name in RUNS if name.startswith("short")],
+    "The forward loss": [name for name in RUNS if name.startswith("flowmap")],
     "Broken on purpose": [name for name in RUNS if name.startswith("broken")],
-    "On policy": ("student", "student-no-cotraining", "student-fresh", "student-few-steps"),
+    "On policy": [name for name in RUNS if name.startswith("student")],
 }
 FIGURE = ("teacher", "flowmap", "student", "consistency-student:consistency")
 
@@ -114,16 +113,16 @@ CLAIMS = [
     ("d", "consistency rollouts from the same start lose at 32",
      "ed('flowmap', 32) <= ed('student-rollout', 32)"),
     ("f", "Beta(2, 1.5) is no worse at 4 steps than a uniform time weight",
-     "ed('short', 4) <= ed('short-uniform', 4) + sd('short', 4)"),
-    ("f", "than a normal one", "ed('short', 4) <= ed('short-normal', 4) + sd('short', 4)"),
-    ("h", "the balance gains at 1 step, against the data", "ed('short-data', 1) <= "
-     "ed('short-data-no-balance', 1)"),
-    ("h", "the weight after it does", "ed('short-data', 1) <= ed('short-data-weight-first', 1)"),
+     "ed('flowmap', 4) <= ed('flowmap-uniform', 4) + sd('flowmap', 4)"),
+    ("f", "than a normal one", "ed('flowmap', 4) <= ed('flowmap-normal', 4) + sd('flowmap', 4)"),
+    ("h", "the balance gains at 1 step, against the data", "ed('flowmap-data', 1) <= "
+     "ed('flowmap-no-balance', 1)"),
+    ("h", "the weight after it does", "ed('flowmap-data', 1) <= ed('flowmap-weight-first', 1)"),
     ("i", "the difference is no worse at 4 steps than the exact derivative",
-     "ed('short', 4) <= ed('short-jvp', 4) + sd('short-jvp', 4)"),
+     "ed('flowmap', 4) <= ed('flowmap-jvp', 4) + sd('flowmap-jvp', 4)"),
     ("k", "the teacher's velocity gains at 4 steps over the data's",
-     "ed('short', 4) <= ed('short-data', 4)"),
-    ("k", "and at 32", "ed('short', 32) <= ed('short-data', 32)"),
+     "ed('flowmap', 4) <= ed('flowmap-data', 4)"),
+    ("k", "and at 32", "ed('flowmap', 32) <= ed('flowmap-data', 32)"),
     ("l", "co-training keeps the 32 steps", "ed('student', 32) <= "
      "ed('student-no-cotraining', 32)"),
     ("l", "long rollouts keep the 32 steps", "ed('student', 32) <= ed('student-few-steps', 32)"),

@@ -174,7 +174,7 @@ def find_adapters(c: Config, origins: dict) -> tuple[str, dict]:
                          "--fresh")
     adapters = {"student": (None, place) if c.base else adapter_of(c, place, base)}
     if runs.needs_teacher(c):
-        teacher = (None, place) if c.base else adapter_of(c, origins["teacher"], base)
+        teacher = adapter_of(c, origins["teacher"], base)
         adapters |= {name: teacher for name in names_of(c)[1:]}
     return base, adapters
 

@@ -8,21 +8,24 @@
 
 A run is one stage, on top of another run's; a record, results/NAME.SEED.json, has its settings,
 git revision, machine, seconds, figures at every step count, and its log, thinned. A record of
-other settings than those below is stale, and its run is made again. Each run takes one core and
-gives the same bits however many go on beside it (--jobs). Stopped at any time, it goes on.
+other settings than those below is stale, and its run is made again. Each run takes one core, with
+the same bits however many go on beside it (--jobs). Stopped at any time, it goes on.
 """
 import json
+import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import cli
-from config import CHANGEABLE, INHERITED, STAGES, Config, folder_of, recipe, stage_before
+from config import CHANGEABLE, INHERITED, Config, folder_of, recipe, stage_before
 
 HERE = Path(__file__).parent
 RESULTS, FOLDER = HERE / "results", Path("runs/reproduce")
@@ -36,7 +39,7 @@ class Run:
     flags: str               # of train.py
     samplers: tuple = ("euler",)
     steps: str = "1,2,4,8,16,32"
-    seeds: int = 3           # at most
+    seeds: int = 1000        # at most
 
 
 BOTH = ("euler", "consistency")
@@ -152,9 +155,11 @@ def settings(name: str, seed: int) -> list[dict]:
 
 
 def alike(then: list[dict], now: list[dict]) -> bool:
-    """Settings that agree wherever both name them: a new one is at its default."""
-    return len(then) == len(now) and all(a[key] == b[key] for a, b in zip(then, now)
-                                         for key in a.keys() & b.keys())
+    """Whether settings agree; one that is newer than `then` was at its default."""
+    default = asdict(Config())
+    return len(then) == len(now) and all(
+        (default | old).get(key) == value for old, new in zip(then, now)
+        for key, value in new.items())
 
 
 def record_of(name: str, seed: int) -> dict:
@@ -172,30 +177,45 @@ def stage_of(name: str) -> str:
     return folder_of(RUNS[name].stage, "--causal" in RUNS[name].flags)
 
 
-def make(name: str, seed: int, before=None) -> float:
-    """Train and measure a run, and record it. before: the future of what it starts from."""
+def finished(name: str, seed: int) -> bool:
+    """Whether later runs can start from it."""
+    return begun(name, seed) and (place(name, seed) / stage_of(name) / "model.safetensors").exists()
+
+
+def begun(name: str, seed: int) -> bool:
+    """Whether its folder is of these settings of training."""
+    told = place(name, seed) / "settings.json"
+    return told.exists() and alike(cli.read_json(told, list), settings(name, seed)[:-1])
+
+
+def make(name: str, seed: int, device: str, before=None) -> dict:
+    """Train a run, and measure it if it has no record; returns its record. before: the future of
+    what it starts from. Raises ValueError when a script fails."""
     if before:
         before.result()
     run, folder, stage = RUNS[name], place(name, seed), stage_of(name)
+    if not begun(name, seed):
+        shutil.rmtree(folder, ignore_errors=True)        # links, not what they point to
     for earlier in chain(name)[:-1]:
         link = folder / stage_of(earlier)
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to(Path("..", earlier, stage_of(earlier)))
-    told, told_before = settings(name, seed), folder / "settings.json"
-    again = told_before.exists() and not alike(cli.read_json(told_before, list), told)
-    folder.mkdir(parents=True, exist_ok=True)
-    told_before.write_text(json.dumps(told))
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("..", earlier, stage_of(earlier)))
+    with cli.written_aside(folder / "settings.json") as aside:
+        aside.write_text(json.dumps(settings(name, seed)[:-1]))
     script(folder, "train.py", "--stage", run.stage, "--run-dir", folder, "--seed", seed,
-           *run.flags.split(), *["--fresh"] * again)
+           "--device", device, *run.flags.split())
+    if not finished(name, seed):
+        raise ValueError(f"{folder}: training was stopped; the same command goes on")
+    if record := record_of(name, seed):
+        return record                                    # another run starts from it
     models = [stage if sampler == "euler" else f"{stage}:{sampler}" for sampler in run.samplers]
     script(folder, "eval.py", "--run-dir", folder, "--models", ",".join(models), "--steps",
-           run.steps, "--count", COUNT)
-    record = recorded(name, seed)
-    RESULTS.mkdir(exist_ok=True)
+           run.steps, "--count", COUNT, "--device", device)
+    record = recorded(name, seed, device)
     with cli.written_aside(RESULTS / f"{name}.{seed}.json") as aside:
         aside.write_text(json.dumps(record))
-    return record["seconds"]
+    return record
 
 
 def script(folder: Path, *words) -> None:
@@ -209,24 +229,27 @@ def script(folder: Path, *words) -> None:
         raise ValueError(f"{folder}: {words[0]} failed, see {log}: {cli.one_line(' '.join(last))}")
 
 
-def recorded(name: str, seed: int) -> dict:
+def recorded(name: str, seed: int, device: str) -> dict:
     folder = place(name, seed)
     stage = cli.read_json(folder / stage_of(name) / "config.json")
     measured = cli.read_json(folder / "eval" / "results.json")
     lines = (folder / stage_of(name) / "log.jsonl").read_text().splitlines()
     rows = [rounded(json.loads(line)) for line in lines]
-    ends = [a["seconds"] for a, b in zip(rows, [*rows[1:], {"seconds": 0}])
-            if b["seconds"] < a["seconds"]]
+    times = [row["seconds"] for row in rows]             # of a resumed run, from its start on
+    seconds = sum(b - a if b > a else b for a, b in pairwise([0, *times]))
     labels = {stage_of(name): name, f"{stage_of(name)}:consistency": f"{name}:consistency"}
     return {"name": name, "seed": seed, "settings": settings(name, seed), "git": stage["git"],
-            "torch": stage["torch"], "machine": machine(), "seconds": round(sum(ends)),
+            "torch": stage["torch"], "machine": machine(device), "seconds": round(seconds),
             "real": {key: value for key, value in measured.items() if key.startswith("real_")},
             "rows": [{**rounded(row), "model": labels[row["model"]]} for row in measured["rows"]],
             "log": thinned(rows)}
 
 
-def machine() -> str:
-    """One core of it was used, or the GPU."""
+def machine(device: str) -> str:
+    """Of the CPU one core was used."""
+    if device == "cuda":
+        import torch
+        return torch.cuda.get_device_name()
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -240,17 +263,10 @@ def rounded(row: dict) -> dict:
 
 def thinned(rows: list[dict], most: int = 60) -> list[dict]:
     """At most so many rows, each the mean of its neighbours."""
-    some = -(-len(rows) // most)
+    some = max(1, -(-len(rows) // most))
     parts = [rows[i:i + some] for i in range(0, len(rows), some)]
     return [rounded({key: statistics.fmean(row[key] for row in part if key in row)
                      for key in part[0]}) | {"step": part[-1]["step"]} for part in parts]
-
-
-def finished(name: str, seed: int) -> bool:
-    """Whether later runs can start from it."""
-    told, folder = place(name, seed) / "settings.json", place(name, seed)
-    return (folder / stage_of(name) / "model.safetensors").exists() and told.exists() and alike(
-        cli.read_json(told, list), settings(name, seed))
 
 
 def missing(names: list[str], seed: int) -> list[str]:
@@ -264,7 +280,7 @@ def missing(names: list[str], seed: int) -> list[str]:
     return found
 
 
-def run_all(names: list[str], seeds: list[int], jobs: int) -> None:
+def run_all(names: list[str], seeds: list[int], jobs: int, device: str) -> None:
     """Make what is missing; a seed after the other of each run, so that jobs seldom wait."""
     from tqdm import tqdm
     by_seed = {seed: missing(names, seed) for seed in seeds}
@@ -274,17 +290,20 @@ def run_all(names: list[str], seeds: list[int], jobs: int) -> None:
         try:
             for name, seed in todo:
                 before = futures.get((RUNS[name].after, seed))
-                futures[name, seed] = pool.submit(make, name, seed, before)
-            for (name, seed), future in futures.items():
-                try:
-                    tqdm.write(f"{name}, seed {seed}: {future.result():.0f} s of training")
-                except ValueError as error:
-                    failed.append(str(error))
+                futures[name, seed] = pool.submit(make, name, seed, device, before)
+            for future in as_completed(futures.values()):
+                error = future.exception()
+                failed += [error] if error else []
+                tqdm.write(str(error) if error else
+                           "{name}, seed {seed}: {seconds} s of training".format(**future.result()))
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
+    if RESULTS.exists():
+        tables()
     if failed:
-        raise ValueError(failed[0])
+        first = failed[0]
+        raise ValueError(f"{len(failed)} of {len(todo)} runs were not made: {first}") from first
 
 
 # --- what the records say
@@ -367,7 +386,7 @@ def tables() -> None:
     machines = {record["machine"] for record in found.values()}
     hours = sum(record["seconds"] for record in found.values()) / 3600
     real = next(iter(found.values()))["real"]
-    lines += [f"{len(found)} runs, {hours:.1f} hours of training on one core of: "
+    lines += [f"{len(found)} runs, {hours:.1f} hours of training, each on one core or GPU of: "
               f"{'; '.join(sorted(machines))}. {COUNT} clips at each step count; other real clips "
               f"have ed {real['real_ed']:.3f} ± {real['real_ed_std']:.3f}, acc "
               f"{real['real_accuracy']['all']:.3f}, psnr {real['real_psnr']:.1f}. Mean ± standard "
@@ -404,32 +423,30 @@ def compare(run: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    stages = [folder_of(stage, causal) for causal in (False, True) for stage in STAGES]
-    logs = {stage: run / stage / "log.jsonl" for stage in dict.fromkeys(stages)}
-    logs = {stage: log for stage, log in logs.items() if log.exists()}
+    found, logs = records(), sorted(run.glob("*/log.jsonl"))
     if not logs:
         raise ValueError(f"{run}: holds no log.jsonl of a stage; give the folder of a run, such as "
                          "runs/toy-shapes")
-    for stage, log in logs.items():
-        rows = thinned([json.loads(line) for line in log.read_text().splitlines()])
+    for file in logs:
+        stage = file.parent.name
+        normal = [record["log"] for (name, _), record in found.items()
+                  if stage_of(name) == stage and not name.startswith("broken")]
+        rows = thinned([json.loads(line) for line in file.read_text().splitlines()])
+        if not rows:
+            raise ValueError(f"{file}: has no row yet; it gets one every --log-every updates")
         keys = [key for key in rows[0] if key not in ("step", "lr", "seconds", "skipped")]
         figure, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 3), squeeze=False)
-        normal = {name: [record["log"] for (other, _), record in records().items()
-                         if other == name] for name in RUNS if stage_of(name) == stage}
         for axis, key in zip(axes[0], keys):
-            for several in normal.values():
-                for log in several:
-                    mine = [row for row in log if key in row]
-                    axis.plot([row["step"] / log[-1]["step"] for row in mine],
-                              [row[key] for row in mine], color="#bbb", linewidth=1)
-            axis.plot([row["step"] / rows[-1]["step"] for row in rows],
-                      [row.get(key, float("nan")) for row in rows], color="C3")
+            for log, colour in (*((log, "#bbb") for log in normal), (rows, "C3")):
+                axis.plot([row["step"] / log[-1]["step"] for row in log],
+                          [row.get(key, math.nan) for row in log], color=colour, linewidth=1)
             axis.set(title=key, yscale="log", xlabel="share of the updates")
-        figure.suptitle(f"{run / stage}, over the records in grey", fontsize=9)
+        figure.suptitle(f"{file.parent}, over {len(normal)} records in grey", fontsize=9)
         figure.tight_layout()
         with cli.written_aside(run / f"compare-{stage}.png") as aside:
             figure.savefig(aside, dpi=110)
-        print(f"{run / f'compare-{stage}.png'}")
+        plt.close(figure)
+        print(run / f"compare-{stage}.png")
 
 
 def parse(argv=None):
@@ -437,18 +454,16 @@ def parse(argv=None):
                         "python reproduce.py --runs student --seeds 1")
     add = parser.add_argument
     add("what", nargs="?", type=cli.choice(("run", "tables", "compare")), default="run",
-        metavar="WHAT", help="run (default): what has no record, then tables; tables; compare")
+        metavar="WHAT", help="run: what has no record, then tables; tables; compare (default run)")
     add("run", nargs="?", type=Path, metavar="RUN", help="compare: the folder of a run")
-    add("--runs", metavar="NAME,NAME", help="only these and what they start from (default all): "
-        + ", ".join(RUNS))
+    add("--runs", nargs="+", type=cli.choice(tuple(RUNS)), default=list(RUNS), metavar="NAME",
+        help=f"only these, and what they start from (default all): {', '.join(RUNS)}")
     add("--seeds", type=int, least=1, default=3, help="seeds 0 to so many less one (default 3)")
     add("--jobs", type=int, least=1, default=os.cpu_count(),
-        help="runs at a time, a core each (default all cores)")
+        help=f"runs at a time, a core each (default all cores, {os.cpu_count()} here)")
+    add("--device", type=cli.choice(("cpu", "cuda")), default="cpu", metavar="NAME",
+        help="cpu or cuda, of which jobs share one (default cpu: the same bits on one machine)")
     args = parser.parse(argv)
-    args.runs = args.runs.split(",") if args.runs else list(RUNS)
-    for name in args.runs:
-        if name not in RUNS:
-            parser.error(f"--runs {name}: not a run{cli.nearest(name, RUNS)}")
     if (args.what == "compare") != bool(args.run):
         parser.error("compare takes the folder of a run, and nothing else does: python "
                      "reproduce.py compare runs/toy-shapes")
@@ -460,7 +475,7 @@ def main(argv=None) -> None:
     if args.what == "compare":
         return compare(args.run)
     if args.what == "run":
-        run_all(args.runs, list(range(args.seeds)), args.jobs)
+        return run_all(args.runs, list(range(args.seeds)), args.jobs, args.device)
     tables()
 
 

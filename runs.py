@@ -52,10 +52,10 @@ def origins(c: Config) -> dict[str, str]:
     fake score starts too, if the stage has one; the "student", if not from fresh weights."""
     run, before = Path(c.run_dir), stage_before(c.stage)
     student = c.base or (str(run / folder_of(before, c.causal)) if before else "")
-    teacher = c.base or str(run / "pretrain")
-    if c.stage == "distill" and not finished(teacher):
-        # Stage flowmap may have had weights in place of stage pretrain.
-        teacher = record_of(Path(student)).get("config", {}).get("base") or teacher
+    teacher = str(run / "pretrain")
+    if needs_teacher(c) and not finished(teacher):
+        # Weights in place of stage pretrain, of this stage or of the one before.
+        teacher = c.base or record_of(Path(student)).get("config", {}).get("base") or teacher
     found = {"teacher": teacher if needs_teacher(c) else "", "student": student}
     return {role: place for role, place in found.items() if place}
 
@@ -135,9 +135,9 @@ def absolute(config: dict) -> dict:
 
 def change_between(then: dict, now: dict) -> str:
     """The first setting that changed and may not, or ''."""
-    then = absolute(then)
-    for name, value in now.items():
-        if name in then and name not in CHANGEABLE and differ(name, then[name], value):
+    then = then and dataclasses.asdict(Config()) | absolute(then)    # a setting may be newer
+    for name, value in now.items() if then else ():
+        if name not in CHANGEABLE and differ(name, then[name], value):
             return f"{name} = {then[name]}, not {value}"
     return ""
 

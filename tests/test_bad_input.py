@@ -22,6 +22,7 @@ import data
 import eval as evaluation
 import plane
 import play
+import reproduce
 import sample
 import train
 import wan
@@ -29,7 +30,7 @@ from test_wan import PLAIN, SMALL, finished_stage, renamed
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train, "sample": sample, "data": data, "eval": evaluation, "wan": wan,
-           "bench": bench, "plane": plane, "play": play}
+           "bench": bench, "plane": plane, "play": play, "reproduce": reproduce}
 PROMPT = ["--prompt", "a red circle moving left"]
 RUN, STAGE = ["--run-dir", "run"], "run/distill"
 CAUSAL = [*RUN, "--causal"]
@@ -351,6 +352,7 @@ AT_ONCE = {
               "plan --gpus", "plan --gpus 0", "plan --preset wan-14b --frames 80"],
     "plane": ["--help", "--seeds 1", "--seed", "--updates 0", "--out pyproject.toml/a.png"],
     "play": ["--help", "--prot 1", "--port", "--port one"],
+    "reproduce": ["--help", "--sedes 1", "--seeds", "--seeds 0", "--runs studnet", "compare"],
 }
 # Runs the script argv[1] once for each command line in argv[2], where nothing that takes long can
 # be imported.

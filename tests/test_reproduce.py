@@ -1,6 +1,7 @@
 """reproduce.py: what is run, what is recorded, which claims hold."""
 import json
 import shutil
+from itertools import product
 from zlib import crc32
 
 import pytest
@@ -54,17 +55,20 @@ def test_a_record_of_other_settings_is_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
     monkeypatch.setattr(reproduce, "FOLDER", tmp_path / "runs")
     told = reproduce.settings("flowmap", 0)
-    del told[1]["velocity"]                              # a setting that is newer than the record
+    del told[1]["derivative"]                            # newer than the record: at its default
     file = tmp_path / "flowmap.0.json"
     file.write_text(json.dumps({"settings": told}))
     assert reproduce.record_of("flowmap", 0)
     assert reproduce.missing(["flowmap"], 0) == []
     assert reproduce.missing(["student"], 0) == ["teacher", "flowmap", "student"]  # its start
     assert reproduce.missing(["flowmap"], 1) == ["teacher", "flowmap"]
-    told[0]["lr"] *= 2                                   # of the teacher below it
-    file.write_text(json.dumps({"settings": told}))
-    assert not reproduce.record_of("flowmap", 0)
-    assert reproduce.missing(["flowmap"], 0) == ["teacher", "flowmap"]
+    for stage, change in ((0, {"lr": 1.0}), (1, {"velocity": None}), (2, {"count": 8})):
+        wrong = [dict(part) for part in told]
+        wrong[stage] |= change                           # of the teacher below it, say
+        wrong[stage] = {key: value for key, value in wrong[stage].items() if value is not None}
+        file.write_text(json.dumps({"settings": wrong}))
+        assert not reproduce.record_of("flowmap", 0), change
+        assert reproduce.missing(["flowmap"], 0) == ["teacher", "flowmap"]
 
 
 def test_what_is_on_disk_is_not_trained_again(tmp_path, monkeypatch):
@@ -73,7 +77,7 @@ def test_what_is_on_disk_is_not_trained_again(tmp_path, monkeypatch):
     (folder / "pretrain").mkdir(parents=True)
     (folder / "pretrain" / "model.safetensors").touch()
     assert not reproduce.finished("teacher", 0)
-    (folder / "settings.json").write_text(json.dumps(reproduce.settings("teacher", 0)))
+    (folder / "settings.json").write_text(json.dumps(reproduce.settings("teacher", 0)[:-1]))
     assert reproduce.finished("teacher", 0) and not reproduce.finished("teacher", 1)
 
 
@@ -104,7 +108,7 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
     done = []
 
     def script(folder, file, *words):
-        done.append((file, folder.name, "--fresh" in words))
+        done.append((file, folder.name))
         if file == "train.py":
             return train.main(list(map(str, words)))
         stage = reproduce.stage_of(folder.name)
@@ -112,8 +116,9 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
         measured = {"real_ed": 0.0, "real_ed_std": 0.1, "real_psnr": 40.0,
                     "real_accuracy": {"all": 1.0}}
         models = words[words.index("--models") + 1].split(",")
+        counts = map(int, words[words.index("--steps") + 1].split(","))
         measured["rows"] = [{"model": model, "steps": n, "ed": ed, "acc": 1.0, "psnr": 20.0}
-                            for model in models for n in (1, 2)]
+                            for model, n in product(models, counts)]
         (folder / "eval").mkdir(exist_ok=True)
         (folder / "eval" / "results.json").write_text(json.dumps(measured))
     monkeypatch.setattr(reproduce, "script", script)
@@ -132,19 +137,32 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
     shutil.rmtree(tmp_path / "runs" / "seed-0" / "flowmap")
     (tmp_path / "results" / "flowmap.0.json").unlink()
     reproduce.main(made)                                 # from the teacher that is there
-    assert done == [("train.py", "flowmap", False), ("eval.py", "flowmap", False)]
+    assert done == [("train.py", "flowmap"), ("eval.py", "flowmap")]
     assert reproduce.record_of("flowmap", 0)["rows"] == first["flowmap"]["rows"]
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "results" / "flowmap.0.json").unlink()
     reproduce.main(made)                                 # from a teacher that is trained again
-    assert [name for _, name, _ in done[2:]] == ["teacher", "teacher", "flowmap", "flowmap"]
+    assert done[2:] == [("train.py", "teacher"), *done[:2]]      # whose record stays
     assert reproduce.record_of("flowmap", 0)["rows"] == first["flowmap"]["rows"]
 
     done.clear()
     runs["flowmap"] = Run("flowmap", "teacher", "--steps 2", steps="1")
     reproduce.main(made)                                 # other settings: trained anew
-    assert done == [("train.py", "flowmap", True), ("eval.py", "flowmap", False)]
+    assert done == [("train.py", "flowmap"), ("eval.py", "flowmap")]
     assert reproduce.record_of("flowmap", 0)["log"][-1]["step"] == 2
+
+    runs["flowmap"] = Run("flowmap", "teacher", "--steps 2")
+    reproduce.main(made)                                 # measured otherwise, not trained again
+    assert len(reproduce.record_of("flowmap", 0)["rows"]) == 6
+    log = tmp_path / "runs" / "seed-0" / "flowmap" / "flowmap" / "log.jsonl"
+    assert len(log.read_text().splitlines()) == 1
+
+    def stopped(folder, file, *words):
+        raise ValueError("a full disk")
+    monkeypatch.setattr(reproduce, "script", stopped)
+    with pytest.raises(ValueError, match="2 of 2 runs were not made: a full disk"):
+        reproduce.main(["--seeds", "2", "--jobs", "1"])
+    assert (tmp_path / "results" / "README.md").exists()
 
 
 def test_records_and_tables_in_the_repository_belong_together(tmp_path, monkeypatch):
@@ -161,13 +179,24 @@ def test_records_and_tables_in_the_repository_belong_together(tmp_path, monkeypa
     assert sum(file.stat().st_size for file in reproduce.RESULTS.iterdir()) < 3e6
 
 
-def test_compare_draws_a_run_over_the_records(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_compare_draws_a_run_over_healthy_records(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    log = [{"step": 10 * i, "loss": 1 / i, "grad_norm": 1.0, "lr": 1e-3, "seconds": 1}
+           for i in range(1, 9)]
+    monkeypatch.setattr(reproduce, "records", lambda: {
+        ("teacher", 0): {"log": log}, ("broken-text", 0): {"log": log}, ("flowmap", 0): None})
+    closed = []
+    monkeypatch.setattr(plt, "close", closed.append)
     (tmp_path / "pretrain").mkdir()
-    (tmp_path / "pretrain" / "log.jsonl").write_text("".join(
-        json.dumps({"step": 10 * i, "loss": 1 / i, "grad_norm": 1.0, "lr": 1e-3, "seconds": 1})
-        + "\n" for i in range(1, 9)))
+    file = tmp_path / "pretrain" / "log.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in log))
     reproduce.main(["compare", str(tmp_path)])
     assert (tmp_path / "compare-pretrain.png").stat().st_size > 1000
+    loss, grad_norm = closed[0].axes
+    assert loss.get_title() == "loss" and [len(axis.lines) for axis in closed[0].axes] == [2, 2]
+    assert list(loss.lines[1].get_ydata()) == [row["loss"] for row in reproduce.thinned(log)]
+    file.write_text("")
+    with pytest.raises(ValueError, match="no row yet"):
+        reproduce.compare(tmp_path)
     with pytest.raises(ValueError, match="no log.jsonl"):
         reproduce.compare(tmp_path / "pretrain")

@@ -231,9 +231,11 @@ def test_a_fresh_rollout_leaves_the_weights_sharded_for_the_checkpoint(finished,
 
 
 CONSISTENCY = ("--rollout", "consistency", "--budgets", "2,4")
+TEACHERS = ("--velocity", "teacher", "--balance", "0.1")
 
 
 @pytest.mark.parametrize("stage, more", [*((stage, ()) for stage in FOLDERS),
+                                         ("flowmap", TEACHERS), ("distill", TEACHERS),
                                          ("distill", CONSISTENCY),
                                          pytest.param("causal-distill", CONSISTENCY,
                                                       marks=pytest.mark.slow)])
@@ -243,8 +245,9 @@ def test_accumulation_reproduces_the_whole_batch(finished, tmp_path, stage, more
         whole = trained(linked(finished, tmp_path / "whole", stage), stage, *flags)
     split = trained(linked(finished, tmp_path / "run", stage), stage, "--micro-batch", "4", *flags)
     assert len(rows(split)) == 4
+    # A student that starts as its teacher has errors of 1e-5, differences of numbers near 1.
     for a, b in zip(rows(split), rows(whole)):
-        assert a == pytest.approx(b, rel=1e-5)
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7 if more == TEACHERS else 0)
 
 
 def test_a_file_written_one_tensor_at_a_time_is_the_library_s(tmp_path):

@@ -96,8 +96,8 @@ def test_checkpointing_saves_activations(settings):
     assert saving["activations"] < 0.6 * plan.memory(case)["activations"]
 
 
-@pytest.mark.parametrize("stage, causal, gpus", [
-    ("pretrain", False, 2), pytest.param("flowmap", True, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, causal, gpus", [("pretrain", False, 2), ("flowmap", True, 1)])
 def test_deep_networks_from_two_and_three_layers(stage, causal, gpus):
     """Every figure of each part is linear in the layers: within a promille."""
     case = case_of(replace(TINY, gpus=gpus), stage=stage, causal=causal, lora_rank=2,

@@ -72,7 +72,7 @@ RUNS = {
     "student-no-cotraining": Run("distill", "flowmap", f"{DISTILL} --cotrain 0"),
     "student-fresh": Run("distill", "flowmap", f"{DISTILL} --fake-rollout fresh"),
     "student-few-steps": Run("distill", "flowmap", f"{DISTILL} --budgets 1,2,4"),
-    # Broken on purpose, for docs/runs.md.
+    # Broken on purpose: what their logs and clips look like.
     "broken-fake-score": Run("distill", "flowmap", f"{DISTILL} --fake-lr 1e-6", seeds=1),
     "broken-guidance": Run("distill", "flowmap", "--steps 660 --real-guidance 8", seeds=1),
     "broken-learning-rate": Run("distill", "flowmap", f"{DISTILL} --lr 0.01", seeds=1),

@@ -97,6 +97,9 @@ class Config:
     balance: float = flag(0.0, "scale b of the adaptive balance: an error with r < t is scaled by "
                           "b / (error + b), a square below b and at most b above. 0: by the mean "
                           "error with r = t, the paper's, which vanishes with --velocity teacher")
+    tangent_warmup: int = flag(0, "flowmap: updates over which the target's dF/dt grows from 0 to "
+                               "its full size; large gaps learn v first, which keeps them from "
+                               "maps that agree with themselves alone")
     weight_before_balance: bool = flag(False, "the released order, in which w(t) cancels for r < t")
     flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
     consistency_fraction: float = flag(0.25, "fraction with r = 0; 1 - flow fraction makes a "
@@ -291,7 +294,7 @@ def record_of(stage, *needed: str) -> dict:
 
 AT_LEAST_1 = ("steps", "batch_size", "frames", "size", "log_every", "save_every", "max_skips")
 AT_LEAST_0 = ("full_chunks", "lora_rank", "lora_alpha", "micro_batch", "warmup", "ema_start",
-              "cotrain", "weight_decay", "checkpointing", "balance")
+              "tangent_warmup", "cotrain", "weight_decay", "checkpointing", "balance")
 ABOVE_0 = ("lr", "shift", "guidance", "real_guidance", "epsilon", "clip", "fake_lr")
 FRACTIONS = ("lr_end", "beta1", "beta2", "ema_decay", "text_drop", "flow_fraction",
              "consistency_fraction", "bidirectional_fraction")

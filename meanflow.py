@@ -50,7 +50,8 @@ class Settings:
 
 
 def meanflow_error(network, x, n, t, r, context, null_context, dropped,
-                   settings: Settings, flow_rows: int = 0, guided_rows=slice(None), v=None):
+                   settings: Settings, flow_rows: int = 0, guided_rows=slice(None), v=None,
+                   tangent: float = 1.0):
     """err (B,) of the forward loss, with gradient through u_c only.
 
     context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose
@@ -60,6 +61,7 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
     flow_rows: how many rows, the first ones, need no derivative: r = t multiplies it by zero. A
     number, since asking the tensors would make the host wait for a GPU.
     v: velocity at z_t in place of the data's n - x, such as a teacher's.
+    tangent: factor of dF/dt in the target, below 1 while it warms up.
     """
     z_t, v = interpolate(x, n, t), n - x if v is None else v
     w = torch.where(dropped, 1.0, settings.guidance).to(t)                  # (B,)
@@ -77,7 +79,7 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
         levels = torch.where(r < t, r, 0.0)      # at r = t any will do that leaves room below t
         derivative = DERIVATIVES[settings.derivative]
         dF_dt = derivative(u, z_t[rows], t[rows], levels[rows], v[rows], settings.epsilon)
-        change = expand((t - r)[rows] / w[rows], dF_dt) * dF_dt
+        change = expand(tangent * (t - r)[rows] / w[rows], dF_dt) * dF_dt
         target = torch.cat([v[:flow_rows], v[rows] - change])
     return (F - target).square().flatten(1).mean(1)
 

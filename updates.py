@@ -48,6 +48,7 @@ class Batch:
     r: torch.Tensor
     roles: tuple                 # how many rows have r = t, then r = 0, then another r < t
     some_gap: bool               # whether any rank of this micro-step has a row with r < t
+    tangent: float = 1.0         # factor of dF/dt in the target
     whole_t: torch.Tensor | None = None      # causal flowmap, some updates: the clip as one chunk
     whole_noise: torch.Tensor | None = None
     rollout: Rollout | None = None           # distill
@@ -110,6 +111,8 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     batch = Batch(x, noise("noise")[:, start:sum(chunks)], text, source.null_text.expand_as(text),
                   dropped[slots], guided, conditioning, chunks, start, t[slots], r[slots],
                   roles_of(t[slots], r[slots]), bool((r < t)[everyone].any()))
+    if c.stage == "flowmap" and step < c.tangent_warmup:
+        batch.tangent = step / c.tangent_warmup
     if c.stage == "flowmap" and c.causal:
         if torch.rand((), generator=generator("whole coin")) < c.bidirectional_fraction:
             whole_t = flowmap.logit_normal_time(generator("whole"), c.batch_size, c.shift)
@@ -193,7 +196,8 @@ def flow_map_error(student, batch: Batch, c: Config, teacher=None) -> torch.Tens
     # has none, it differentiates its last row, which changes nothing.
     flow_rows = min(batch.roles[0], len(x) - batch.some_gap)
     return meanflow.meanflow_error(student, x, batch.n, batch.t, batch.r, kept, null,
-                                   batch.dropped, c.forward_loss, flow_rows, batch.guided, v)
+                                   batch.dropped, c.forward_loss, flow_rows, batch.guided, v,
+                                   batch.tangent)
 
 
 @torch.no_grad()

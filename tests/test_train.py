@@ -321,7 +321,7 @@ OF_ONE_STAGE = {
     "how long and how fast: each stage has its own in the recipe": (
         "steps", "batch_size", "lr", "lr_end", "warmup", "beta1", "beta2", "weight_decay", "clip",
         "ema_decay", "ema_start"),
-    "of a loss that flowmap alone has": ("bidirectional_fraction",),
+    "of a loss that flowmap alone has": ("bidirectional_fraction", "tangent_warmup"),
     "of distill, after which there is none": (
         "rollout", "budgets", "real_guidance", "cotrain", "fake_lr", "fake_rollout"),
     "bookkeeping, which changes no result": ("save_every", "log_every", "max_skips"),

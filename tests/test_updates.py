@@ -103,7 +103,7 @@ def kinds(calls):
     return [(call.name, call.text, call.gradient) for call in calls]
 
 
-def check_forward_loss(calls, batch, c, err):
+def check_forward_loss(calls, batch, c, err, tangent=1.0):
     """u_c, u_0, and two calls of the derivative: guidance fused in, target v - (t - r) dF/dt."""
     assert kinds(calls) == [("student", "kept", True), ("student", "empty", False),
                             ("student", "kept", False), ("student", "kept", False)]
@@ -120,7 +120,7 @@ def check_forward_loss(calls, batch, c, err):
     F[kept] -= (1 - w[kept]) * u_0.u / w[kept]
     dF_dt = (above.u - below.u) / flowmap.expand(above.t - below.t, above.u) / w[gap]
     target = v.clone()
-    target[gap] -= flowmap.expand((batch.t - batch.r)[gap], v) * dF_dt
+    target[gap] -= tangent * flowmap.expand((batch.t - batch.r)[gap], v) * dF_dt
     assert torch.equal(above.r, batch.r[gap]) and (above.t > batch.t[gap] - 1e-6).all()
     expected = (F - target).square().mean((1, 2, 3, 4))
     assert err["err_flow"] == pytest.approx(expected[~gap].mean().item(), rel=1e-3)
@@ -143,6 +143,18 @@ def test_flowmap_fuses_guidance_and_takes_the_derivative():
     c = settings("flowmap")
     calls, batch, log = one_update(c)
     check_forward_loss(calls, batch, c, log)
+
+
+@pytest.mark.parametrize("step, tangent", [(0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)])
+def test_the_targets_derivative_warms_up(step, tangent):
+    c = settings("flowmap", tangent_warmup=4)
+    calls, batch, log = one_update(c, step)
+    check_forward_loss(calls, batch, c, log, tangent)
+
+
+def test_distills_cotraining_has_no_warmup():
+    c = settings("distill", tangent_warmup=4)
+    assert updates.draw_batch(c, Source(), WORLD, 1, 0).tangent == 1
 
 
 def test_flowmap_learns_the_guided_velocity_of_the_frozen_teacher():

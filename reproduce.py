@@ -43,8 +43,9 @@ class Run:
 
 
 BOTH = ("euler", "consistency")
-TEACHERS, ON_POLICY = "--velocity teacher --balance 0.1", "--steps 660 --real-guidance 1"
-DISTILL = f"{ON_POLICY} --lr-end 0.3 --ema-decay 0.99"
+WARMUP = "--tangent-warmup 500 --lr 3e-4"
+TEACHERS = f"--velocity teacher --balance 0.1 {WARMUP}"
+DISTILL = "--steps 660 --real-guidance 1 --lr-end 0.3 --ema-decay 0.99"
 RUNS = {
     # The main line: guidance 1, where data, teacher and DMD aim at the same distribution.
     "teacher": Run("pretrain", "", "--steps 12000 --guidance 1", steps="1,2,4,8,16,32,50"),
@@ -52,29 +53,27 @@ RUNS = {
     "student": Run("distill", "flowmap", DISTILL),
     # Consistency: r = 0 in training, in the rollout, in both.
     "consistency": Run("flowmap", "teacher", f"{TEACHERS} --consistency-fraction 0.5", BOTH),
-    "student-rollout": Run("distill", "flowmap", f"{DISTILL} --rollout consistency", BOTH),
     "consistency-student": Run("distill", "consistency", f"{DISTILL} --rollout consistency", BOTH),
+    "student-rollout": Run("distill", "flowmap", f"{DISTILL} --rollout consistency", BOTH),
     # One thing changed in the forward loss.
-    "flowmap-long": Run("flowmap", "teacher", f"{TEACHERS} --steps 4400"),
-    "flowmap-data": Run("flowmap", "teacher", "--velocity data"),
-    "flowmap-weight-first": Run("flowmap", "teacher", "--weight-before-balance"),
-    "flowmap-no-balance": Run("flowmap", "teacher", "--balance 1e6"),
-    "flowmap-balance-0.01": Run("flowmap", "teacher", "--velocity teacher --balance 0.01"),
-    "flowmap-balance-1": Run("flowmap", "teacher", "--velocity teacher --balance 1"),
+    "flowmap-data": Run("flowmap", "teacher", f"--velocity data {WARMUP}"),
+    "flowmap-weight-first": Run("flowmap", "teacher", f"{WARMUP} --weight-before-balance"),
+    "flowmap-no-balance": Run("flowmap", "teacher", f"{WARMUP} --balance 1e6"),
+    "flowmap-no-warmup": Run("flowmap", "teacher", "--velocity teacher --balance 0.1"),
+    "flowmap-balance-0.01": Run("flowmap", "teacher", f"{TEACHERS} --balance 0.01"),
+    "flowmap-balance-1": Run("flowmap", "teacher", f"{TEACHERS} --balance 1"),
     "flowmap-uniform": Run("flowmap", "teacher", f"{TEACHERS} --time-weight uniform"),
     "flowmap-normal": Run("flowmap", "teacher", f"{TEACHERS} --time-weight normal"),
     "flowmap-jvp": Run("flowmap", "teacher", f"{TEACHERS} --derivative jvp"),
     "flowmap-epsilon-0.0001": Run("flowmap", "teacher", f"{TEACHERS} --epsilon 0.0001"),
     "flowmap-epsilon-0.02": Run("flowmap", "teacher", f"{TEACHERS} --epsilon 0.02"),
     # One thing changed on policy.
-    "student-short": Run("distill", "flowmap", "--real-guidance 1"),
-    "student-long": Run("distill", "flowmap-long", ON_POLICY, BOTH),
     "student-no-cotraining": Run("distill", "flowmap", f"{DISTILL} --cotrain 0"),
     "student-fresh": Run("distill", "flowmap", f"{DISTILL} --fake-rollout fresh"),
     "student-few-steps": Run("distill", "flowmap", f"{DISTILL} --budgets 1,2,4"),
     # Broken on purpose: what their logs and clips look like.
     "broken-fake-score": Run("distill", "flowmap", f"{DISTILL} --fake-lr 1e-6", seeds=1),
-    "broken-guidance": Run("distill", "flowmap", "--steps 660 --real-guidance 8", seeds=1),
+    "broken-guidance": Run("distill", "flowmap", f"{DISTILL} --real-guidance 8", seeds=1),
     "broken-learning-rate": Run("distill", "flowmap", f"{DISTILL} --lr 0.01", seeds=1),
     "broken-average": Run("pretrain", "", "--steps 3000 --guidance 1 --ema-decay 0.9999 "
                           "--ema-start 0", steps="8,32", seeds=1),

@@ -16,6 +16,7 @@ STAGES = ("pretrain", "flowmap", "distill")
 # torch.
 PRESETS = ("tiny", "toy", "wan-1.3b", "wan-5b", "wan-14b")
 DERIVATIVES = ("finite-difference", "jvp")
+TIME_EMBEDDINGS = ("interpolated", "added")
 VELOCITIES = ("data", "teacher")
 TIME_WEIGHTS = ("beta", "uniform", "normal")
 SIMULATIONS = ("flow-map", "consistency")
@@ -85,6 +86,9 @@ class Config:
                         "5 is Wan's")
     guidance: float = flag(2.0, "guidance scale fused into the flow map; 1 is none, and "
                            "u_0 + w (u_c - u_0) in general")
+    time_embedding: str = flag("interpolated", "flowmap: how the second time enters: (1 - g) E(t) "
+                               "+ g E'(r), or E(t) + E'(t - r) with an E' that starts at zero (not "
+                               "with adapters)", choices=TIME_EMBEDDINGS)
     velocity: str = flag("data", "v of the forward loss: the data's n - x, or the frozen "
                          "teacher's at (z_t, t), guided, which has no noise (not with --causal: "
                          "the teacher sees whole clips)", choices=VELOCITIES)
@@ -326,6 +330,9 @@ def check(c: Config, given: dict, parser) -> None:
     if c.causal and c.velocity == "teacher":
         parser.error("--velocity teacher: the teacher sees whole clips, and a causal student only "
                      "what came before; leave it out with --causal")
+    if c.time_embedding == "added" and (c.lora_rank or c.stage != "flowmap"):
+        parser.error("--time-embedding added is for stage flowmap and --lora-rank 0: later stages "
+                     "go on with what the weights have")
     if c.velocity == "teacher" and not c.balance:
         parser.error("--velocity teacher: the errors with r = t, whose mean scales those with r < "
                      "t, vanish; give that scale, such as --balance 0.1")

@@ -48,6 +48,7 @@ class ModelConfig:
     image_dim: int = 0            # image-to-video: width of Context.image; 0: no image tokens
     compressed: bool = False      # a second patch embedding, of patch 2 P, for older chunks
     gate: float = 0.25            # g in e = (1 - g) E(t) + g E'(r)
+    added: bool = False           # e = E(t) + E'(t - r) instead, with an E' that starts at zero
     output_skip: float = 0.0      # > 0: add the exact average velocity of Gaussian data of this
                                   # standard deviation, which helps small networks from scratch
 
@@ -462,8 +463,9 @@ class FlowMapDiT(nn.Module):
         e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype), adapter)
         # An adapter that leaves the second embedder as it is is that of a network of one time.
         if c.second_time and (not adapter or adapter in self.r_embed.up.adapters):
-            e_r = self.r_embed(time_features(r, c.freq_dim, c.time_scale).to(dtype), adapter)
-            e = (1 - c.gate) * e + c.gate * e_r
+            second = time_features(t - r if c.added else r, c.freq_dim, c.time_scale)
+            e_r = self.r_embed(second.to(dtype), adapter)
+            e = e + e_r if c.added else (1 - c.gate) * e + c.gate * e_r
         return e
 
     def run(self, z, embed: PatchEmbed, e, context: Context, prefill: bool = False) -> tuple:

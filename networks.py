@@ -147,15 +147,30 @@ def find_weights(c: Config) -> Weights:
         check_alike(config, student, teacher_config, teacher)
         if not c.lora_rank:
             scores = (wan.load(teacher, second_time=False, compressed=False)[1], teacher)
+    has_second = config.second_time
+    if has_second and c.time_embedding == "added" and not config.added:
+        raise ValueError(f"--time-embedding added: {student} has another already; start from a "
+                         "teacher")
     config, state = wan.as_asked(config, state, flow_map, c.causal and c.full_chunks > 0)
+    if c.time_embedding == "added" and not has_second:
+        config, state = with_added_time(config, state)
     return Weights(config, (state, student), scores, adapters, below)
+
+
+def with_added_time(config: ModelConfig, state: Tensors) -> tuple[ModelConfig, Tensors]:
+    """Of a flow map that starts from a teacher: its second embedder's output starts at zero."""
+    def zero(name):
+        return torch.zeros_like(state[name])
+    last = [f"r_embed.down.{part}" for part in ("weight", "bias")]
+    makers = state.makers | {name: partial(zero, name) for name in last}
+    return replace(config, added=True), Tensors(makers)
 
 
 def check_alike(student: ModelConfig, place, teacher: ModelConfig, origin) -> None:
     """Raises ValueError for networks of different sizes."""
     for name, value in asdict(student).items():
         other = getattr(teacher, name)
-        if name not in ("second_time", "compressed", "gate") and value != other:
+        if name not in ("second_time", "compressed", "gate", "added") and value != other:
             raise ValueError(f"the student {place} has {name} = {value}, its teacher {origin} has "
                              f"{other}: they must be of one size; train both in one run")
 

@@ -462,9 +462,9 @@ def diffusers_config(stage, c: ModelConfig, record: dict) -> dict:
     if c.image_channels:
         raise ValueError(f"{stage}: Diffusers has no class for a flow map with Wan2.1-I2V's image "
                          f"inputs")
-    if c.output_skip or c.time_scale != 1000 or not c.second_time:
+    if c.output_skip or c.time_scale != 1000 or c.added or not c.second_time:
         raise ValueError(f"{stage}: Diffusers has no class for it: output_skip {c.output_skip} "
-                         f"(must be 0), time_scale {c.time_scale} (1000), "
+                         f"(must be 0), time_scale {c.time_scale} (1000), added {c.added} (False), "
                          f"second_time {c.second_time} (True: stage flowmap or distill)")
     config = {
         "_class_name": "AnyFlowTransformer3DModel", "patch_size": [1, c.patch, c.patch],

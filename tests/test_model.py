@@ -7,11 +7,12 @@ import torch
 
 import meanflow
 import model
+import networks
 import wan
 from distributed import generator
 from flowmap import conditioned, flow_map
 from golden import SMALL, inputs, network
-from model import PRESETS, FlowMapDiT
+from model import PRESETS, FlowMapDiT, time_features
 
 
 @pytest.mark.parametrize("preset, extra, count", [
@@ -36,6 +37,20 @@ def test_a_teacher_turned_into_a_flow_map_is_unchanged_at_r_equal_t(config):
     torch.testing.assert_close(student(z, t, t, text), expected, rtol=1e-5, atol=atol)
     assert (student(z, t, r, text) - expected).abs().max() > 1e-3       # and it does look at r
     torch.testing.assert_close(teacher(z, t, r, text), expected, rtol=0, atol=0)
+
+
+def test_an_added_time_embedding_starts_as_the_teacher_and_knows_the_gap_only():
+    teacher = network(replace(SMALL, second_time=False))
+    config, state = networks.with_added_time(SMALL, wan.as_flow_map(teacher.state_dict()))
+    student = FlowMapDiT(config)
+    student.load_state_dict(dict(state))
+    z, t, r, text = inputs(SMALL)
+    torch.testing.assert_close(student(z, t, r, text), teacher(z, t, r, text), rtol=0, atol=0)
+    torch.nn.init.normal_(student.r_embed.down.weight)
+    plain = student.time_embed(time_features(t, SMALL.freq_dim, SMALL.time_scale))
+    part = [student.embed_times(t, t - gap, "") - plain for gap in (r, r.flip(0))]
+    torch.testing.assert_close(part[0], part[1].flip(0), rtol=1e-3, atol=1e-3)
+    assert (student(z, t, r, text) - teacher(z, t, r, text)).abs().max() > 1e-3
 
 
 def test_one_time_a_clip_is_the_same_time_for_every_frame():

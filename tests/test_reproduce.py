@@ -8,7 +8,7 @@ import pytest
 
 import reproduce
 import train
-from config import INHERITED, STAGES, parse_config, stage_before
+from config import INHERITED, STAGES, folder_of, parse_config, stage_before
 from reproduce import RUNS, Run
 
 
@@ -43,9 +43,10 @@ def test_settings_are_those_that_training_takes(name, tmp_path):
     for part, told in zip(reproduce.chain(name), stages, strict=True):
         before = stage_before(told["stage"])
         if before:
-            (tmp_path / before).mkdir(exist_ok=True)
+            folder = tmp_path / folder_of(before, told["causal"])
+            folder.mkdir(exist_ok=True)
             handed = {key: stages[STAGES.index(before)][key] for key in INHERITED[before]}
-            (tmp_path / before / "config.json").write_text(json.dumps({"config": handed}))
+            (folder / "config.json").write_text(json.dumps({"config": handed}))
         c = parse_config(["--stage", told["stage"], "--run-dir", str(tmp_path), "--seed", "7",
                           *RUNS[part].flags.split()])
         assert told == {key: getattr(c, key) for key in told}

@@ -262,6 +262,17 @@ def test_a_file_written_one_tensor_at_a_time_is_the_library_s(tmp_path):
         assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
 
 
+def test_an_added_time_embedding_is_trained_and_kept_by_the_stage_after(finished, tmp_path):
+    run, added = linked(finished, tmp_path / "run", "flowmap"), ("--time-embedding", "added")
+    trained(run, "flowmap", *added)
+    trained(run, "distill")
+    for stage in ("flowmap", "distill"):
+        c, state, _ = checkpoint.load_model(run / stage)
+        assert c.added and state["r_embed.down.weight"].abs().max() > 0
+    with pytest.raises(ValueError, match="has another already"):
+        trained(tmp_path / "other", "flowmap", *added, "--base", str(finished / "flowmap"))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_small_global_batches_train(finished, tmp_path, batch):
     for stage in ("flowmap", "distill"):
@@ -322,6 +333,7 @@ OF_ONE_STAGE = {
         "steps", "batch_size", "lr", "lr_end", "warmup", "beta1", "beta2", "weight_decay", "clip",
         "ema_decay", "ema_start"),
     "of a loss that flowmap alone has": ("bidirectional_fraction", "tangent_warmup"),
+    "is in the weights that a later stage starts from": ("time_embedding",),
     "of distill, after which there is none": (
         "rollout", "budgets", "real_guidance", "cotrain", "fake_lr", "fake_rollout"),
     "bookkeeping, which changes no result": ("save_every", "log_every", "max_skips"),

@@ -21,7 +21,7 @@ import plan
 import train
 import updates
 from cache import Context, append_chunk
-from config import Config, chunks_of, recipe
+from config import SIMULATIONS, Config, chunks_of, recipe
 from distributed import generator
 from model import FlowMapDiT, ModelConfig
 from wan import their_name
@@ -94,11 +94,12 @@ class RandomClips:
         return x, torch.randn(len(indices), *self.null_text.shape, generator=g), {}
 
 
-def update_of(c: Config, config: ModelConfig, shape, world):
-    """A function that makes one update of a batch of the settings' size, the same each time."""
+def update_of(c: Config, config: ModelConfig, shape, world, built=None):
+    """A function that makes one update of a batch of the settings' size, the same each time. built:
+    networks and what is trained of them, of the same stage and form."""
     case = plan.Case(c, config, shape, gpus=1)
     case.c = replace(case.c, batch_size=c.batch_size, micro_batch=c.batch_size)
-    nets, parts = plan.build(case, world, nullcontext)
+    nets, parts = built or plan.build(case, world, nullcontext)
     batch = updates.draw_batch(case.c, RandomClips(config, shape), world, 1, 0)
     log = distributed.Sums(train.LOGGED[c.stage])
     return lambda: train.update(case.c, nets, parts, iter([batch]), 1, world, log)
@@ -106,7 +107,8 @@ def update_of(c: Config, config: ModelConfig, shape, world):
 
 def costs(config: ModelConfig, shape, preset: str, repeats: int, world):
     """Yields (what, ratio of seconds): of flowmap to flow matching in the same contexts, of both
-    forms, without and with checkpointing; of distill's rollout of 50 steps to one of 2."""
+    forms, without and with checkpointing; of distill to itself with a flow-map rollout of 2 steps,
+    by rollout and steps."""
     def settings(stage, causal, **more):
         return Config(**recipe(preset, stage, causal) | {"stage": stage, "causal": causal,
                                                          "batch_size": 16} | more)
@@ -120,10 +122,15 @@ def costs(config: ModelConfig, shape, preset: str, repeats: int, world):
                              for name, c in calls.items()}, repeats, world.device)
             name = f"flowmap / flow matching, {form}, checkpointing {'yes' if on else 'no'}"
             yield name, times["flowmap"] / times["plain"]
-        calls = {n: update_of(settings("distill", causal, budgets=n), config, shape, world)
-                 for n in ("50", "2")}
+        built = plan.build(plan.Case(settings("distill", causal), config, shape, gpus=1), world,
+                           nullcontext)
+        cases = [(rollout, n) for rollout in SIMULATIONS for n in (2, 4, 8, 16, 50)]
+        calls = {case: update_of(settings("distill", causal, rollout=case[0], budgets=str(case[1])),
+                                 config, shape, world, built) for case in cases}
         times = medians(calls, repeats, world.device)
-        yield f"distill, 50 steps / 2 steps, {form}", times["50"] / times["2"]
+        for rollout, n in cases[1:]:
+            yield (f"distill, {form}, {rollout} rollout of {n} steps / flow-map rollout of 2",
+                   times[rollout, n] / times[cases[0]])
 
 
 # --- peers

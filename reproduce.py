@@ -44,8 +44,9 @@ class Run:
 
 BOTH = ("euler", "consistency")
 TEACHER, TO_50 = "--steps 12000 --guidance 1", "1,2,4,8,16,32,50"
-WARMUP = "--tangent-warmup 500 --lr 3e-4"
-TEACHERS = f"--velocity teacher --balance 0.1 {WARMUP}"
+FORWARD = "--steps 2200 --tangent-warmup 500 --lr 3e-4"
+TEACHERS = f"{FORWARD} --velocity teacher --balance 0.1"
+DATA = f"{FORWARD} --velocity data --balance 0"
 DISTILL = "--steps 660 --real-guidance 1 --lr-end 0.3 --ema-decay 0.99"
 RUNS = {
     # The main line: guidance 1, where data, teacher and DMD aim at the same distribution.
@@ -57,10 +58,10 @@ RUNS = {
     "consistency-student": Run("distill", "consistency", f"{DISTILL} --rollout consistency", BOTH),
     "student-rollout": Run("distill", "flowmap", f"{DISTILL} --rollout consistency", BOTH),
     # One thing changed in the forward loss.
-    "flowmap-data": Run("flowmap", "teacher", f"--velocity data {WARMUP}"),
-    "flowmap-weight-first": Run("flowmap", "teacher", f"{WARMUP} --weight-before-balance"),
-    "flowmap-no-balance": Run("flowmap", "teacher", f"{WARMUP} --balance 1e6"),
-    "flowmap-no-warmup": Run("flowmap", "teacher", "--velocity teacher --balance 0.1"),
+    "flowmap-data": Run("flowmap", "teacher", DATA),
+    "flowmap-weight-first": Run("flowmap", "teacher", f"{DATA} --weight-before-balance"),
+    "flowmap-no-balance": Run("flowmap", "teacher", f"{DATA} --balance 1e6"),
+    "flowmap-no-warmup": Run("flowmap", "teacher", f"{TEACHERS} --tangent-warmup 0 --lr 1e-3"),
     "flowmap-balance-0.01": Run("flowmap", "teacher", f"{TEACHERS} --balance 0.01"),
     "flowmap-balance-1": Run("flowmap", "teacher", f"{TEACHERS} --balance 1"),
     "flowmap-uniform": Run("flowmap", "teacher", f"{TEACHERS} --time-weight uniform"),

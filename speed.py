@@ -110,8 +110,9 @@ def costs(config: ModelConfig, shape, preset: str, repeats: int, world):
     forms, without and with checkpointing; of distill to itself with a flow-map rollout of 2 steps,
     by rollout and steps."""
     def settings(stage, causal, **more):
-        return Config(**recipe(preset, stage, causal) | {"stage": stage, "causal": causal,
-                                                         "batch_size": 16} | more)
+        fixed = {"stage": stage, "causal": causal, "batch_size": 16}
+        papers = {"velocity": "data", "balance": 0.0}
+        return Config(**recipe(preset, stage, causal) | fixed | papers | more)
     plain = {"guidance": 1.0, "flow_fraction": 1.0, "consistency_fraction": 0.0}
     for causal in (False, True):
         form = "causal" if causal else "bidirectional"

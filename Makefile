@@ -3,6 +3,8 @@
 # make reproduce: every run that results/ lacks, which takes hours, and its tables.   make test: the whole test suite.
 # make lint: names, imports, lines.   make assets: what is shipped, anew.
 PYTHON ?= python3
+# Two threads wait for each other longer than a network this small computes.
+export OMP_NUM_THREADS ?= 1
 RUN ?= runs/toy-shapes
 LOOP ?= runs/toy-loop
 SHIPPED = assets/toy

@@ -5,7 +5,7 @@ then the recipe of the preset; then the defaults here.
 """
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import cli
@@ -103,7 +103,7 @@ class Config:
                           "error with r = t, the paper's, which vanishes with --velocity teacher")
     tangent_warmup: int = flag(0, "flowmap: updates over which the target's dF/dt grows from 0 to "
                                "its full size; large gaps learn v first, which keeps them from "
-                               "maps that agree with themselves alone")
+                               "wrong maps that satisfy the identity. 0 to go on with a flow map")
     weight_before_balance: bool = flag(False, "the released order, in which w(t) cancels for r < t")
     flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
     consistency_fraction: float = flag(0.25, "fraction with r = 0; 1 - flow fraction makes a "
@@ -242,6 +242,8 @@ def parse_config(argv=None) -> Config:
     values = taken_over(Path(given["run_dir"]), stage, causal, given.get("fresh", False)) | given
     if "lora_rank" in given and "lora_alpha" not in given:
         values.pop("lora_alpha", None)               # it goes with the rank
+    if given.get("velocity") == "data" and "balance" not in given:
+        values["balance"] = 0.0                      # the paper's, against data
     c = Config(**recipe(values.get("preset", Config.preset), stage, causal) | values)
     c.base = "" if c.base == "none" else c.base
     c.data = os.path.normpath(c.data) if c.data.strip() else c.data      # clips/ is clips
@@ -264,6 +266,8 @@ def taken_over(run: Path, stage: str, causal: bool, fresh: bool) -> dict:
     for folder, names in places:
         if record := record_of(run / folder):
             found = record.get("config", {})
+            if names is own:                         # a setting newer than it was at its default
+                found = asdict(Config()) | found
             return {name: found[name] for name in names if name in found}
     return {}
 
@@ -335,6 +339,11 @@ def check(c: Config, given: dict, parser) -> None:
     if c.time_embedding == "added" and (c.lora_rank or c.stage != "flowmap"):
         parser.error("--time-embedding added is for stage flowmap and --lora-rank 0: later stages "
                      "go on with what the weights have")
+    if "tangent_warmup" in given and c.stage != "flowmap":
+        parser.error("--tangent-warmup is for stage flowmap")
+    if c.stage == "flowmap" and c.steps <= c.tangent_warmup:
+        parser.error(f"--steps {c.steps}: the tangent warms up over {c.tangent_warmup}, and what "
+                     "ends before is no flow map; give a shorter --tangent-warmup, or 0")
     if c.velocity == "teacher" and not c.balance:
         parser.error("--velocity teacher: the errors with r = t, whose mean scales those with r < "
                      "t, vanish; give that scale, such as --balance 0.1")

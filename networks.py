@@ -149,8 +149,8 @@ def find_weights(c: Config) -> Weights:
             scores = (wan.load(teacher, second_time=False, compressed=False)[1], teacher)
     has_second = config.second_time
     if has_second and c.time_embedding == "added" and not config.added:
-        raise ValueError(f"--time-embedding added: {student} has another already; start from a "
-                         "teacher")
+        raise ValueError(f"--time-embedding added: {student} has an interpolated one; start "
+                         "from a teacher")
     config, state = wan.as_asked(config, state, flow_map, c.causal and c.full_chunks > 0)
     if c.time_embedding == "added" and not has_second:
         config, state = with_added_time(config, state)

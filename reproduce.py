@@ -57,7 +57,8 @@ RUNS = {
     "consistency": Run("flowmap", "teacher", f"{TEACHERS} --consistency-fraction 0.5", BOTH),
     "consistency-student": Run("distill", "consistency", f"{DISTILL} --rollout consistency", BOTH),
     "student-rollout": Run("distill", "flowmap", f"{DISTILL} --rollout consistency", BOTH),
-    # One thing changed in the forward loss.
+    # One thing changed in the forward loss (without a warm-up, the rate too). Rate and warm-up were
+    # chosen for the teacher's velocity.
     "flowmap-data": Run("flowmap", "teacher", DATA),
     "flowmap-weight-first": Run("flowmap", "teacher", f"{DATA} --weight-before-balance"),
     "flowmap-no-balance": Run("flowmap", "teacher", f"{DATA} --balance 1e6"),
@@ -459,8 +460,12 @@ def compare(run: Path) -> None:
                          "runs/toy-shapes")
     for file in logs:
         stage = file.parent.name
-        normal = [record["log"] for (name, _), record in found.items()
+        told = file.parent / "config.json"
+        data = cli.read_json(told).get("config", {}).get("data") if told.exists() else ""
+        normal = [record for (name, _), record in found.items()
                   if stage_of(name) == stage and not name.startswith("broken")]
+        same = [record for record in normal if record["settings"][-2]["data"] == data]
+        normal = [record["log"] for record in same or normal]    # of your clips there is none
         rows = thinned([json.loads(line) for line in file.read_text().splitlines()])
         if not rows:
             raise ValueError(f"{file}: has no row yet; it gets one every --log-every updates")

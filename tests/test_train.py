@@ -265,11 +265,14 @@ def test_a_file_written_one_tensor_at_a_time_is_the_library_s(tmp_path):
 def test_an_added_time_embedding_is_trained_and_kept_by_the_stage_after(finished, tmp_path):
     run, added = linked(finished, tmp_path / "run", "flowmap"), ("--time-embedding", "added")
     trained(run, "flowmap", *added)
-    trained(run, "distill")
-    for stage in ("flowmap", "distill"):
-        c, state, _ = checkpoint.load_model(run / stage)
-        assert c.added and state["r_embed.down.weight"].abs().max() > 0
-    with pytest.raises(ValueError, match="has another already"):
+    trained(run, "distill", "--lr", "1e-9")
+    (c, state, _), (kept, after, _) = (checkpoint.load_model(run / stage)
+                                       for stage in ("flowmap", "distill"))
+    assert c.added and kept.added
+    assert 0 < state["r_embed.down.weight"].abs().max() < 0.1        # from zero, not from E
+    for name in state:
+        torch.testing.assert_close(after[name], state[name], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="has an interpolated one"):
         trained(tmp_path / "other", "flowmap", *added, "--base", str(finished / "flowmap"))
 
 
@@ -346,6 +349,25 @@ def test_every_setting_is_taken_over_or_is_of_one_stage():
     for names in OF_ONE_STAGE.values():
         named += names
     assert sorted(named) == sorted(field.name for field in fields(Config))
+
+
+def test_a_setting_newer_than_a_stage_is_at_its_default_when_it_goes_on(tmp_path):
+    c = parse_config(["--stage", "flowmap", "--run-dir", str(tmp_path), "--clip", "0.5"])
+    assert c.tangent_warmup == config.RECIPES["toy"]["flowmap"]["tangent_warmup"] > 0
+    begun(tmp_path, c)
+    file = tmp_path / "flowmap" / "config.json"
+    record = json.loads(file.read_text())
+    del record["config"]["tangent_warmup"]
+    file.write_text(json.dumps(record))
+    again = parse_config(["--stage", "flowmap", "--run-dir", str(tmp_path)])
+    assert (again.tangent_warmup, again.clip, again.velocity) == (0, 0.5, "teacher")
+
+
+def test_a_balance_goes_with_its_velocity(tmp_path):
+    flags = ["--stage", "flowmap", "--run-dir", str(tmp_path)]
+    assert parse_config(flags).balance == 0.1
+    assert parse_config([*flags, "--velocity", "data"]).balance == 0
+    assert parse_config([*flags, "--velocity", "data", "--balance", "2"]).balance == 2
 
 
 def begun(run, c: Config):

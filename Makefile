@@ -21,7 +21,7 @@ demo: .venv/ready
 	$(BIN)/python train.py --stage flowmap --run-dir $(RUN)
 	$(BIN)/python train.py --stage distill --run-dir $(RUN)
 	$(BIN)/python sample.py --run-dir $(RUN) --prompts assets/prompts.txt --steps 4 --out $(RUN)/clips/clip.mp4 --sheet $(RUN)/clips/sheet.png
-	$(BIN)/python eval.py --run-dir $(RUN) --steps 1,2,4,8,32 --count 240
+	$(BIN)/python eval.py --run-dir $(RUN)
 	@echo "clips: $(RUN)/clips    figure: $(RUN)/eval/curve.png    table: $(RUN)/eval/table.md"
 
 demo-causal: .venv/ready

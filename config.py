@@ -172,12 +172,10 @@ RECIPES = {
     "wan-5b": WAN,
     "wan-14b": WAN_14B,
     "toy": {
-        "pretrain": dict(steps=3500, batch_size=16, lr=2e-3, lr_end=0.05, ema_start=200),
-        "flowmap": dict(steps=1000, batch_size=16, lr=3e-4, lr_end=0.05, velocity="teacher",
-                        balance=0.1, tangent_warmup=250),
-        "distill": dict(steps=150, batch_size=24, lr=2e-4, beta1=0.0, beta2=0.999, warmup=10,
-                        ema_decay=0.97, ema_start=50, budgets="1,1,2,4,8,16,50", cotrain=8.0,
-                        velocity="teacher", balance=0.1),
+        "pretrain": dict(steps=6000, batch_size=16, lr=2e-3, lr_end=0.05, ema_start=200),
+        "flowmap": dict(steps=2200, batch_size=16, lr_end=0.05),
+        "distill": dict(steps=330, batch_size=24, lr=2e-4, beta1=0.0, beta2=0.999, warmup=10,
+                        ema_decay=0.97, ema_start=50, budgets="1,1,2,4,8,16,50", cotrain=8.0),
     },
     "tiny": {  # seconds a stage: for tests and smoke runs
         "pretrain": dict(steps=20, batch_size=8, warmup=5, ema_start=5, save_every=10),
@@ -192,8 +190,8 @@ CAUSAL_RECIPES = {
     "wan-5b": WAN_CAUSAL,
     "wan-14b": WAN_CAUSAL,
     "toy": {
-        "flowmap": dict(steps=1000, lr=1e-3, velocity="data", balance=0.0, tangent_warmup=0),
-        "distill": dict(steps=100, real_guidance=1.5, velocity="data", balance=0.0),
+        "flowmap": dict(steps=1000),
+        "distill": dict(steps=100, real_guidance=1.5),
     },
     "tiny": {},
 }
@@ -242,8 +240,6 @@ def parse_config(argv=None) -> Config:
     values = taken_over(Path(given["run_dir"]), stage, causal, given.get("fresh", False)) | given
     if "lora_rank" in given and "lora_alpha" not in given:
         values.pop("lora_alpha", None)               # it goes with the rank
-    if given.get("velocity") == "data" and "balance" not in given:
-        values["balance"] = 0.0                      # the paper's, against data
     c = Config(**recipe(values.get("preset", Config.preset), stage, causal) | values)
     c.base = "" if c.base == "none" else c.base
     c.data = os.path.normpath(c.data) if c.data.strip() else c.data      # clips/ is clips

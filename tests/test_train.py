@@ -353,21 +353,14 @@ def test_every_setting_is_taken_over_or_is_of_one_stage():
 
 def test_a_setting_newer_than_a_stage_is_at_its_default_when_it_goes_on(tmp_path):
     c = parse_config(["--stage", "flowmap", "--run-dir", str(tmp_path), "--clip", "0.5"])
-    assert c.tangent_warmup == config.RECIPES["toy"]["flowmap"]["tangent_warmup"] > 0
+    assert c.lr_end == config.RECIPES["toy"]["flowmap"]["lr_end"] < 1
     begun(tmp_path, c)
     file = tmp_path / "flowmap" / "config.json"
     record = json.loads(file.read_text())
-    del record["config"]["tangent_warmup"]
+    del record["config"]["lr_end"]
     file.write_text(json.dumps(record))
     again = parse_config(["--stage", "flowmap", "--run-dir", str(tmp_path)])
-    assert (again.tangent_warmup, again.clip, again.velocity) == (0, 0.5, "teacher")
-
-
-def test_a_balance_goes_with_its_velocity(tmp_path):
-    flags = ["--stage", "flowmap", "--run-dir", str(tmp_path)]
-    assert parse_config(flags).balance == 0.1
-    assert parse_config([*flags, "--velocity", "data"]).balance == 0
-    assert parse_config([*flags, "--velocity", "data", "--balance", "2"]).balance == 2
+    assert (again.lr_end, again.clip, again.steps) == (1, 0.5, c.steps)
 
 
 def begun(run, c: Config):

@@ -19,6 +19,7 @@ DERIVATIVES = ("finite-difference", "jvp")
 TIME_EMBEDDINGS = ("interpolated", "added")
 VELOCITIES = ("data", "teacher")
 TIME_WEIGHTS = ("beta", "uniform", "normal")
+FLOW_TIMES = ("larger", "either")
 SIMULATIONS = ("flow-map", "consistency")
 SAMPLERS = ("euler", "consistency")
 
@@ -106,6 +107,8 @@ class Config:
                                "wrong maps that satisfy the identity. 0 to go on with a flow map")
     weight_before_balance: bool = flag(False, "the released order, in which w(t) cancels for r < t")
     flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
+    flow_times: str = flag("larger", "their t: the larger of two draws, as where r < t, or either, "
+                           "which has small t more often: many steps need it", choices=FLOW_TIMES)
     consistency_fraction: float = flag(0.25, "fraction with r = 0; 1 - flow fraction makes a "
                                        "consistency model")
     bidirectional_fraction: float = flag(0.0, "causal flowmap: fraction of updates that add flow "
@@ -129,6 +132,11 @@ class Config:
     max_skips: int = flag(5, "stop after this many updates in a row with a non-finite gradient")
 
     @property
+    def single_draws(self) -> float:
+        """Share of the batch whose t is one uniform draw, not the larger of two."""
+        return self.flow_fraction if self.flow_times == "either" else 0.0
+
+    @property
     def forward_loss(self):
         from meanflow import Settings  # here, as it imports torch
         fused = self.guidance if self.velocity == "data" else 1.0    # the teacher's is guided
@@ -140,7 +148,8 @@ OF_THE_RUN = ("preset", "data", "frames", "size", "seed", "shift", "guidance", "
               "lora_rank", "lora_alpha", "bf16")
 # Distill co-trains with the forward loss of flowmap, on the same chunks.
 OF_THE_FLOW_MAP = ("chunks", "full_chunks", "velocity", "epsilon", "derivative", "time_weight",
-                   "balance", "weight_before_balance", "flow_fraction", "consistency_fraction")
+                   "balance", "weight_before_balance", "flow_fraction", "flow_times",
+                   "consistency_fraction")
 INHERITED = {"pretrain": OF_THE_RUN, "flowmap": OF_THE_RUN + OF_THE_FLOW_MAP}
 # These may change when a run is resumed.
 CHANGEABLE = ("steps", "lr", "fake_lr", "run_dir", "micro_batch", "device", "checkpointing",

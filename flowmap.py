@@ -139,17 +139,23 @@ def logit_normal_time(generator: torch.Generator, count: int, shift: float) -> t
 
 
 def flow_map_times(generator: torch.Generator, count: int, shift: float,
-                   flow: float = 0.5, consistency: float = 0.25):
+                   flow: float = 0.5, consistency: float = 0.25, flow_times: str = "larger"):
     """Times t >= r (count,) of one GLOBAL batch of stage `flowmap`; the r = t samples come first.
 
     t is the larger of two uniform draws and r the smaller, both shifted; then a fraction `flow` of
     the batch gets r = t (flow matching), a fraction `consistency` r = 0, the rest stays free. Roles
     are stratified: with one random offset o, sample i has position (i + o) / count on [0, 1). Every
     role has its exact expected share at any count from 1 up; 2 or more have an r = t sample.
+
+    flow_times: whether an r = t sample has the larger draw too, or "either": there is no smaller
+    one to leave room for, and small t come more often, by 21 times below 0.2 at shift 5.
     """
     pair = torch.rand(2, count, generator=generator)
-    t, r = shift_time(pair.amax(0), shift), shift_time(pair.amin(0), shift)
     position = (torch.arange(count) + torch.rand(1, generator=generator)) / count
+    t, r = pair.amax(0), pair.amin(0)
+    if flow_times == "either":
+        t = torch.where(position < flow, pair[0], t)
+    t, r = shift_time(t, shift), shift_time(r, shift)
     r = torch.where(position < flow + consistency, torch.zeros_like(r), r)
     return t, torch.where(position < flow, t, r)
 
@@ -162,22 +168,25 @@ TIME_WEIGHTS = {                             # densities over the shifted time, 
 
 
 @lru_cache
-def mean_time_weight(name: str, shift: float) -> float:
-    """Mean of a time weight under `flow_map_times`: the integral of w(sigma(a)) 2 a over [0, 1].
+def mean_time_weight(name: str, shift: float, single: float = 0.0) -> float:
+    """Mean of a time weight under `flow_map_times`: the integral of w(sigma(a)) p(a) over [0, 1].
 
-    2 a is the density of the larger of two uniform draws. Gauss-Legendre in a = 1 - y^2 takes the
-    root at t = 1 out of the Beta density, so that 64 nodes are exact to rounding.
+    p(a) is 2 a for the larger of two uniform draws, and 1 for the share `single` of the batch that
+    has either. Gauss-Legendre in a = 1 - y^2 takes the root at t = 1 out of the Beta density, so
+    that 64 nodes are exact to rounding.
     """
     import numpy as np
     nodes, weights = np.polynomial.legendre.leggauss(64)
     y, weights = torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
     a = 1 - y**2
-    return float((TIME_WEIGHTS[name](shift_time(a, shift)) * 2 * a * 2 * y * weights).sum())
+    p = 2 * a * (1 - single) + single
+    return float((TIME_WEIGHTS[name](shift_time(a, shift)) * p * 2 * y * weights).sum())
 
 
-def time_weight(t: torch.Tensor, name: str, shift: float) -> torch.Tensor:
+def time_weight(t: torch.Tensor, name: str, shift: float, single: float = 0.0) -> torch.Tensor:
     """w(t) (B,) with mean 1 under the training times: normalised over them, not inside a batch,
-    where it would vanish at batch 1. Raises ValueError for an unknown name."""
+    where it would vanish at batch 1. single: see `mean_time_weight`. Raises ValueError for an
+    unknown name."""
     if name not in TIME_WEIGHTS:
         raise ValueError(f"time weight {name!r}: choose one of {', '.join(TIME_WEIGHTS)}")
-    return TIME_WEIGHTS[name](t) / mean_time_weight(name, shift)
+    return TIME_WEIGHTS[name](t) / mean_time_weight(name, shift, single)

@@ -182,7 +182,8 @@ def simulate(case: Case) -> dict:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.gpus)
     world = distributed.World(0, case.gpus, torch.device("cpu"))
     rotary_table.cache_clear()                       # fake tables are for fake calls
-    flowmap.mean_time_weight(case.c.time_weight, case.c.shift)       # but this number is a true one
+    # But this number is a true one:
+    flowmap.mean_time_weight(case.c.time_weight, case.c.shift, case.c.single_draws)
     try:
         nets, parts = build(case, world, lambda: mode)
         out, ledger = kept(nets, parts), Ledger(mode, case.gpus)

@@ -44,7 +44,7 @@ class Run:
 
 BOTH = ("euler", "consistency")
 TEACHER, TO_50 = "--steps 12000 --guidance 1", "1,2,4,8,16,32,50"
-FORWARD = "--steps 2200 --tangent-warmup 500 --lr 3e-4"
+FORWARD = "--steps 2200 --tangent-warmup 500 --lr 3e-4 --flow-times either"
 TEACHERS = f"{FORWARD} --velocity teacher --balance 0.1"
 DATA = f"{FORWARD} --velocity data --balance 0"
 DISTILL = "--steps 660 --real-guidance 1 --lr-end 0.3 --ema-decay 0.99"
@@ -57,12 +57,16 @@ RUNS = {
     "consistency": Run("flowmap", "teacher", f"{TEACHERS} --consistency-fraction 0.5", BOTH),
     "consistency-student": Run("distill", "consistency", f"{DISTILL} --rollout consistency", BOTH),
     "student-rollout": Run("distill", "flowmap", f"{DISTILL} --rollout consistency", BOTH),
-    # One thing changed in the forward loss (without a warm-up, the rate too). Rate and warm-up were
-    # chosen for the teacher's velocity.
+    # Before small t had their share of r = t rows; then without a warm-up, at the rate of before.
+    "flowmap-larger": Run("flowmap", "teacher", f"{TEACHERS} --flow-times larger"),
+    "flowmap-no-warmup": Run("flowmap", "teacher", f"{TEACHERS} --flow-times larger "
+                             "--tangent-warmup 0 --lr 1e-3"),
+    "student-larger": Run("distill", "flowmap-larger", DISTILL),
+    # One thing changed in the forward loss. Rate and warm-up were chosen for the teacher's
+    # velocity.
     "flowmap-data": Run("flowmap", "teacher", DATA),
     "flowmap-weight-first": Run("flowmap", "teacher", f"{DATA} --weight-before-balance"),
     "flowmap-no-balance": Run("flowmap", "teacher", f"{DATA} --balance 1e6"),
-    "flowmap-no-warmup": Run("flowmap", "teacher", f"{TEACHERS} --tangent-warmup 0 --lr 1e-3"),
     "flowmap-balance-0.01": Run("flowmap", "teacher", f"{TEACHERS} --balance 0.01"),
     "flowmap-balance-1": Run("flowmap", "teacher", f"{TEACHERS} --balance 1"),
     "flowmap-uniform": Run("flowmap", "teacher", f"{TEACHERS} --time-weight uniform"),

@@ -99,7 +99,7 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
         r = t
     else:
         t, r = flowmap.flow_map_times(generator("time"), c.batch_size, c.shift, c.flow_fraction,
-                                      c.consistency_fraction)
+                                      c.consistency_fraction, c.flow_times)
     first = int(slots[0]) - world.rank
     everyone = slice(first, first + world.size * count)      # the slots of all ranks, this time
     guided = (~dropped[slots]).nonzero()[:, 0]

@@ -99,15 +99,32 @@ def test_roles_have_their_exact_share_at_every_global_batch(count):
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.25, 0.25]), atol=bound, rtol=0)
 
 
+def test_times_are_the_larger_draw_or_where_asked_either_for_flow_matching_alone():
+    count, shift = 100_000, 5.0
+    larger = flowmap.flow_map_times(generator("times"), count, shift, 0.3, 0.25)
+    either = flowmap.flow_map_times(generator("times"), count, shift, 0.3, 0.25, "either")
+    flow = larger[0] == larger[1]
+    assert bool((either[0] == either[1]).eq(flow).all())
+    for one, other in zip(larger, either):
+        torch.testing.assert_close(other[~flow], one[~flow])        # r < t is drawn as before
+
+    # P(t < sigma(a)) is a for one uniform draw and a^2 for the larger of two.
+    a = torch.linspace(0.1, 0.9, 9)
+    for t, expected in ((larger[0][flow], a**2), (either[0][flow], a)):
+        shares = (t < flowmap.shift_time(a, shift)[:, None]).double().mean(1)
+        torch.testing.assert_close(shares, expected.double(), atol=4 * 0.5 / len(t)**0.5, rtol=0)
+
+
 @pytest.mark.parametrize("name", flowmap.TIME_WEIGHTS)
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
-def test_time_weights_have_mean_one_under_the_training_times(name, shift):
-    t, _ = flowmap.flow_map_times(generator("weights"), 400_000, shift)
-    weight = flowmap.time_weight(t.double(), name, shift)
+@pytest.mark.parametrize("flow_times, single", [("larger", 0.0), ("either", 0.3)])
+def test_time_weights_have_mean_one_under_the_training_times(name, shift, flow_times, single):
+    t, _ = flowmap.flow_map_times(generator("weights"), 400_000, shift, 0.3, 0.25, flow_times)
+    weight = flowmap.time_weight(t.double(), name, shift, single)
     standard_error = weight.std().item() / 400_000**0.5
     assert weight.mean().item() == pytest.approx(1, abs=4 * standard_error + 1e-9)
-    single = flowmap.time_weight(t[:1].double(), name, shift)       # not normalised in the batch
-    torch.testing.assert_close(single, weight[:1])
+    alone = flowmap.time_weight(t[:1].double(), name, shift, single)  # not in the batch
+    torch.testing.assert_close(alone, weight[:1])
 
 
 def test_unknown_time_weight_is_named():

@@ -55,7 +55,8 @@ def update(case: plan.Case, monkeypatch, mode=None) -> None:
     monkeypatch.setattr(train, "optimizer_step", lambda *args: 1.0)
     batch = updates.draw_batch(c, Source(), WORLD, 0, 0)
     log = distributed.Sums(train.LOGGED[c.stage])
-    flowmap.mean_time_weight(c.time_weight, c.shift)     # a number of the host, found once
+    # A number of the host, found once:
+    flowmap.mean_time_weight(c.time_weight, c.shift, c.single_draws)
     with mode or nullcontext():
         train.update(c, nets, parts, iter([batch]), 0, WORLD, log)
 

@@ -40,6 +40,7 @@ class Run:
     samplers: tuple = ("euler",)
     steps: str = "1,2,4,8,16,32"
     seeds: int = 1000        # at most
+    anew: bool = False       # with other clips: the one before is its --base, and no more
 
 
 BOTH = ("euler", "consistency")
@@ -47,6 +48,7 @@ TEACHER, TO_50 = "--steps 12000 --guidance 1", "1,2,4,8,16,32,50"
 FORWARD = "--steps 2200 --tangent-warmup 500 --lr 3e-4 --flow-times either"
 TEACHERS = f"{FORWARD} --velocity teacher --balance 0.1"
 DATA = f"{FORWARD} --velocity data --balance 0"
+ON_DIGITS = "--data digits --guidance 1 --steps 2200 --lr 3e-4 --flow-times either"
 DISTILL = "--steps 660 --real-guidance 1 --lr-end 0.3 --ema-decay 0.99"
 RUNS = {
     # The main line: guidance 1, where data, teacher and DMD aim at the same distribution.
@@ -83,6 +85,10 @@ RUNS = {
     "digits-teacher": Run("pretrain", "", f"{TEACHER} --data digits", steps=TO_50),
     "digits-flowmap": Run("flowmap", "digits-teacher", TEACHERS),
     "digits-student": Run("distill", "digits-flowmap", DISTILL),
+    # The distilled student learns other clips by the forward loss, in the same codec.
+    "student-on-digits": Run("flowmap", "student", ON_DIGITS, anew=True),
+    "consistency-on-digits": Run("flowmap", "consistency-student",
+                                 f"{ON_DIGITS} --consistency-fraction 0.5", BOTH, anew=True),
     "loop-teacher": Run("pretrain", "", "--steps 6000 --guidance 1 --data loop --frames 16"),
     "causal-flowmap": Run("flowmap", "loop-teacher", "--causal"),
     "causal-student": Run("distill", "causal-flowmap", "--causal --real-guidance 1"),
@@ -100,13 +106,16 @@ TABLES = {
     "The main line, and consistency": ("teacher", "flowmap", "student", "consistency",
                                        "student-rollout", "consistency-student"),
     "The forward loss": [name for name in RUNS if name.startswith("flowmap")],
-    "On policy": [name for name in RUNS if name.startswith("student")],
-    "Real images: digits": [name for name in RUNS if name.startswith("digits")],
+    "On policy": [name for name in RUNS if name.startswith("student") and "digits" not in name],
+    "Real images: digits": [name for name in RUNS if "digits" in name],
     "Chunk by chunk: loop, 16 frames": [name for name in RUNS
                                         if name.startswith(("loop", "causal"))],
     "Broken on purpose": [name for name in RUNS if name.startswith("broken")],
 }
 FIGURE = ("teacher", "flowmap", "student", "consistency-student:consistency")
+# Whose log and contact sheet are kept as pictures, of the first seed (docs/runs.md).
+SHOWN = ("teacher", "flowmap", "student", "student-no-cotraining",
+         *(name for name in RUNS if name.startswith("broken")))
 
 # Each rule is evaluated as it stands, seed by seed: ed and acc of a run at so many steps, sd that
 # of ed over the seeds.
@@ -169,8 +178,15 @@ CLAIMS = [
 
 
 def chain(name: str) -> list[str]:
-    """The runs that a run is made of, itself last."""
-    return [*(chain(RUNS[name].after) if RUNS[name].after else []), name]
+    """The runs whose stages lie in a run's folder, itself last."""
+    run = RUNS[name]
+    return [*(chain(run.after) if run.after and not run.anew else []), name]
+
+
+def flags_of(name: str, seed: int) -> list[str]:
+    run = RUNS[name]
+    base = ["--base", str(place(run.after, seed) / stage_of(run.after))] if run.anew else []
+    return [*run.flags.split(), *base]
 
 
 def settings(name: str, seed: int) -> list[dict]:
@@ -178,9 +194,10 @@ def settings(name: str, seed: int) -> list[dict]:
     one is measured."""
     parser, found = cli.Parser("", ""), []
     parser.add_config(Config)
-    for run in map(RUNS.get, chain(name)):
-        given = vars(parser.parse(run.flags.split())) | {"stage": run.stage, "seed": seed}
-        before = INHERITED.get(stage_before(run.stage), ())
+    for part in chain(name):
+        run = RUNS[part]
+        given = vars(parser.parse(flags_of(part, seed))) | {"stage": run.stage, "seed": seed}
+        before = INHERITED.get(stage_before(run.stage), ()) if found else ()
         given = {key: found[-1][key] for key in before} | given
         causal = given.get("causal", False)
         told = asdict(Config()) | recipe(Config.preset, run.stage, causal) | given
@@ -240,7 +257,7 @@ def make(name: str, seed: int, device: str, before=None) -> dict:
     with cli.written_aside(folder / "settings.json") as aside:
         aside.write_text(json.dumps(settings(name, seed)[:-1]))
     script(folder, "train.py", "--stage", run.stage, "--run-dir", folder, "--seed", seed,
-           "--device", device, *run.flags.split())
+           "--device", device, *flags_of(name, seed))
     if not finished(name, seed):
         raise ValueError(f"{folder}: training was stopped; the same command goes on")
     if record := record_of(name, seed):
@@ -251,6 +268,8 @@ def make(name: str, seed: int, device: str, before=None) -> dict:
     record = recorded(name, seed, device)
     with cli.written_aside(RESULTS / f"{name}.{seed}.json") as aside:
         aside.write_text(json.dumps(record))
+    if name in SHOWN and seed == 0:
+        shutil.copy(folder / "eval" / f"{stage}.png", RESULTS / f"{name}.png")
     return record
 
 
@@ -432,8 +451,10 @@ def tables() -> None:
     rows.sort(key=lambda row: FIGURE.index(row["model"]))
     if rows:
         lines += ["![energy distance and prompt accuracy by step count](curve.png)", ""]
-        if not evaluation.draw_figure(RESULTS / "curve.png", rows):
-            print("no figure: it needs matplotlib (pip install matplotlib)")
+        if evaluation.draw_figure(RESULTS / "curve.png", rows):
+            draw_logs(found)
+        else:
+            print("no figures: they need matplotlib (pip install matplotlib)")
     lines += ["## Claims", "", "A rule is evaluated as it stands, seed by seed. It holds where it "
               "is true, and does not where it is false, in every one of three seeds or more.", "",
               "| | claim | rule | left : right, by seed | |", "|---|---|---|---|---|"]
@@ -457,37 +478,60 @@ def tables() -> None:
 
 def compare(run: Path) -> None:
     """Draw each quantity of a run's logs over its range in the records of the same stage."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    found, logs = records(), sorted(run.glob("*/log.jsonl"))
+    logs = sorted(run.glob("*/log.jsonl"))
     if not logs:
         raise ValueError(f"{run}: holds no log.jsonl of a stage; give the folder of a run, such as "
                          "runs/toy-shapes")
     for file in logs:
-        stage = file.parent.name
         told = file.parent / "config.json"
         data = cli.read_json(told).get("config", {}).get("data") if told.exists() else ""
-        normal = [record for (name, _), record in found.items()
-                  if stage_of(name) == stage and not name.startswith("broken")]
-        same = [record for record in normal if record["settings"][-2]["data"] == data]
-        normal = [record["log"] for record in same or normal]    # of your clips there is none
         rows = thinned([json.loads(line) for line in file.read_text().splitlines()])
         if not rows:
             raise ValueError(f"{file}: has no row yet; it gets one every --log-every updates")
-        keys = [key for key in rows[0] if key not in ("step", "lr", "seconds", "skipped")]
-        figure, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 3), squeeze=False)
-        for axis, key in zip(axes[0], keys):
-            for log, colour in (*((log, "#bbb") for log in normal), (rows, "C3")):
-                axis.plot([row["step"] / log[-1]["step"] for row in log],
-                          [row.get(key, math.nan) for row in log], color=colour, linewidth=1)
-            axis.set(title=key, yscale="log", xlabel="share of the updates")
-        figure.suptitle(f"{file.parent}, over {len(normal)} records in grey", fontsize=9)
-        figure.tight_layout()
-        with cli.written_aside(run / f"compare-{stage}.png") as aside:
-            figure.savefig(aside, dpi=110)
-        plt.close(figure)
-        print(run / f"compare-{stage}.png")
+        picture = run / f"compare-{file.parent.name}.png"
+        draw_log(picture, str(file.parent), rows, healthy(records(), file.parent.name, data))
+        print(picture)
+
+
+def healthy(found: dict, stage: str, data: str) -> list[list[dict]]:
+    """Logs of the records of a stage, of the same clips where there are any."""
+    normal = [record for (name, _), record in found.items()
+              if stage_of(name) == stage and not name.startswith("broken")]
+    same = [record for record in normal if record["settings"][-2]["data"] == data]
+    return [record["log"] for record in same or normal]
+
+
+def draw_log(path: Path, title: str, rows: list[dict], normal: list[list[dict]]) -> None:
+    """Each quantity of a log in red, over those of others in grey."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    keys = [key for key in rows[0] if key not in ("step", "lr", "seconds", "skipped")]
+    lines = math.ceil(len(keys) / 5)
+    figure, axes = plt.subplots(lines, 5, figsize=(11, 2.1 * lines))
+    for axis in axes.flat[len(keys):]:
+        axis.remove()
+    for axis, key in zip(axes.flat, keys):
+        for log, colour in (*((log, "#bbb") for log in normal), (rows, "C3")):
+            axis.plot([row["step"] / log[-1]["step"] for row in log],
+                      [row.get(key, math.nan) for row in log], color=colour, linewidth=1)
+        axis.set_title(key, fontsize=9)
+        axis.set_xlabel("share of the updates", fontsize=7)
+        axis.set_yscale("log")
+        axis.tick_params(which="both", labelsize=7)
+    figure.suptitle(f"{title}, over {len(normal)} records in grey", fontsize=9)
+    figure.tight_layout()
+    with cli.written_aside(path) as aside:
+        figure.savefig(aside, dpi=80)
+    plt.close(figure)
+
+
+def draw_logs(found: dict) -> None:
+    """Of each record that docs/runs.md shows."""
+    for name in SHOWN:
+        if record := found.get((name, 0)):
+            normal = healthy(found, stage_of(name), record["settings"][-2]["data"])
+            draw_log(RESULTS / f"{name}-log.png", name, record["log"], normal)
 
 
 def parse(argv=None):

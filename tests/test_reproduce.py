@@ -1,4 +1,5 @@
 """reproduce.py: what is run, what is recorded, which claims hold."""
+import importlib.util
 import json
 import shutil
 from itertools import product
@@ -42,13 +43,13 @@ def test_settings_are_those_that_training_takes(name, tmp_path):
     stages = reproduce.settings(name, 7)[:-1]
     for part, told in zip(reproduce.chain(name), stages, strict=True):
         before = stage_before(told["stage"])
-        if before:
+        if before and not RUNS[part].anew:
             folder = tmp_path / folder_of(before, told["causal"])
             folder.mkdir(exist_ok=True)
             handed = {key: stages[STAGES.index(before)][key] for key in INHERITED[before]}
             (folder / "config.json").write_text(json.dumps({"config": handed}))
         c = parse_config(["--stage", told["stage"], "--run-dir", str(tmp_path), "--seed", "7",
-                          *RUNS[part].flags.split()])
+                          *reproduce.flags_of(part, 7)])
         assert told == {key: getattr(c, key) for key in told}
 
 
@@ -122,6 +123,7 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
                             for model, n in product(models, counts)]
         (folder / "eval").mkdir(exist_ok=True)
         (folder / "eval" / "results.json").write_text(json.dumps(measured))
+        (folder / "eval" / f"{stage}.png").write_text(folder.name)
     monkeypatch.setattr(reproduce, "script", script)
     made = ["--seeds", "1", "--jobs", "1"]
     reproduce.main(made)
@@ -131,6 +133,9 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
     assert first["flowmap"]["log"][-1]["step"] == 3 and first["flowmap"]["git"]
     text = (tmp_path / "results" / "README.md").read_text()
     assert "inconclusive at 1 seeds" in text and "| flowmap:consistency | 1 |" in text
+    assert (tmp_path / "results" / "teacher.png").read_text() == "teacher"      # contact sheet
+    drawn = tmp_path / "results" / "teacher-log.png"
+    assert drawn.exists() or not importlib.util.find_spec("matplotlib")
 
     done.clear()
     reproduce.main(made)

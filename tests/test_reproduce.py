@@ -7,10 +7,11 @@ from zlib import crc32
 
 import pytest
 
+import claims
 import reproduce
 import train
+from claims import RUNS, Run
 from config import INHERITED, STAGES, folder_of, parse_config, stage_before
-from reproduce import RUNS, Run
 
 
 def rows(model, **figures):
@@ -23,25 +24,25 @@ def test_a_rule_is_judged_seed_by_seed():
     found = {("student", seed): {"rows": rows("student", s4=4 + seed, s32=ed)}
              for seed, ed in enumerate((4.5, 5.5, 6.5))}
     plain, spread = "ed('student', 32) <= ed('student', 4)", " + sd('student', 4)"
-    assert reproduce.judged(found, plain)[0] == "does not hold (0 of 3 seeds)"
-    assert reproduce.judged(found, plain + spread)[0] == "holds (3 of 3 seeds)"
-    assert reproduce.judged(found, plain + spread)[1] == "4.500 : 5.000, 5.500 : 6.000, " \
+    assert claims.judged(found, plain)[0] == "does not hold (0 of 3 seeds)"
+    assert claims.judged(found, plain + spread)[0] == "holds (3 of 3 seeds)"
+    assert claims.judged(found, plain + spread)[1] == "4.500 : 5.000, 5.500 : 6.000, " \
                                                          "6.500 : 7.000"
     found["student", 2]["rows"][1]["ed"] = 5.0
-    assert reproduce.judged(found, plain)[0] == "inconclusive at 3 seeds (1 of 3)"
-    assert reproduce.judged(found, "acc('student', 4) <= 0")[0] == "holds (3 of 3 seeds)"
+    assert claims.judged(found, plain)[0] == "inconclusive at 3 seeds (1 of 3)"
+    assert claims.judged(found, "acc('student', 4) <= 0")[0] == "holds (3 of 3 seeds)"
     del found["student", 0]
-    assert reproduce.judged(found, plain + spread)[0] == "inconclusive at 2 seeds (2 of 2)"
-    assert reproduce.judged(found, "ed('student', 32) <= ed('teacher', 50)") == ("not run", "")
-    assert reproduce.judged(found, "ed('student', 8) <= 1")[0] == "not run"
-    assert reproduce.judged(found, "best('student') <= 4")[0] == "not run"    # of all step counts
+    assert claims.judged(found, plain + spread)[0] == "inconclusive at 2 seeds (2 of 2)"
+    assert claims.judged(found, "ed('student', 32) <= ed('teacher', 50)") == ("not run", "")
+    assert claims.judged(found, "ed('student', 8) <= 1")[0] == "not run"
+    assert claims.judged(found, "best('student') <= 4")[0] == "not run"    # of all step counts
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_settings_are_those_that_training_takes(name, tmp_path):
     """Also what a stage takes over from the one before."""
     stages = reproduce.settings(name, 7)[:-1]
-    for part, told in zip(reproduce.chain(name), stages, strict=True):
+    for part, told in zip(claims.chain(name), stages, strict=True):
         before = stage_before(told["stage"])
         if before and not RUNS[part].anew:
             folder = tmp_path / folder_of(before, told["causal"])
@@ -49,13 +50,13 @@ def test_settings_are_those_that_training_takes(name, tmp_path):
             handed = {key: stages[STAGES.index(before)][key] for key in INHERITED[before]}
             (folder / "config.json").write_text(json.dumps({"config": handed}))
         c = parse_config(["--stage", told["stage"], "--run-dir", str(tmp_path), "--seed", "7",
-                          *reproduce.flags_of(part, 7)])
+                          *claims.flags_of(part, 7)])
         assert told == {key: getattr(c, key) for key in told}
 
 
 def test_a_record_of_other_settings_is_stale(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
-    monkeypatch.setattr(reproduce, "FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    monkeypatch.setattr(claims, "FOLDER", tmp_path / "runs")
     told = reproduce.settings("flowmap", 0)
     del told[1]["derivative"]                            # newer than the record: at its default
     file = tmp_path / "flowmap.0.json"
@@ -74,7 +75,7 @@ def test_a_record_of_other_settings_is_stale(tmp_path, monkeypatch):
 
 
 def test_what_is_on_disk_is_not_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "FOLDER", tmp_path)
+    monkeypatch.setattr(claims, "FOLDER", tmp_path)
     folder = tmp_path / "seed-0" / "teacher"
     (folder / "pretrain").mkdir(parents=True)
     (folder / "pretrain" / "model.safetensors").touch()
@@ -102,11 +103,11 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
     tiny = "--preset tiny --guidance 1 --steps 4 --save-every 4"
     runs = {"teacher": Run("pretrain", "", tiny, steps="1,2"),
             "flowmap": Run("flowmap", "teacher", "--steps 3", ("euler", "consistency"), "1,2")}
-    claims = [("x", "t", "ed('flowmap', 2) <= 2 * ed('teacher', 1)")]
+    rules = [("x", "t", "ed('flowmap', 2) <= 2 * ed('teacher', 1)")]
     for name, new in (("RUNS", runs), ("TABLES", {"Both": runs}), ("FIGURE", tuple(runs)),
-                      ("CLAIMS", claims), ("RESULTS", tmp_path / "results"),
+                      ("CLAIMS", rules), ("RESULTS", tmp_path / "results"),
                       ("FOLDER", tmp_path / "runs")):
-        monkeypatch.setattr(reproduce, name, new)
+        monkeypatch.setattr(claims, name, new)
     done = []
 
     def script(folder, file, *words):
@@ -173,16 +174,16 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
 
 def test_records_and_tables_in_the_repository_belong_together(tmp_path, monkeypatch):
     """results/README.md is what its records give, and no record is stale."""
-    files = sorted(reproduce.RESULTS.glob("*.json"))
+    files = sorted(claims.RESULTS.glob("*.json"))
     assert set(reproduce.records()) == {
         (file.stem.rpartition(".")[0], int(file.stem.rpartition(".")[2])) for file in files}
     for file in files:
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    committed = (reproduce.RESULTS / "README.md").read_text()
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    committed = (claims.RESULTS / "README.md").read_text()
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
     reproduce.tables()
     assert (tmp_path / "README.md").read_text() == committed
-    assert sum(file.stat().st_size for file in reproduce.RESULTS.iterdir()) < 3e6
+    assert sum(file.stat().st_size for file in claims.RESULTS.iterdir()) < 3e6
 
 
 def test_compare_draws_a_run_over_healthy_records(tmp_path, monkeypatch):

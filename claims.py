@@ -1,0 +1,290 @@
+"""The evidence: which runs there are, what each is trained with, and the claims that they decide.
+
+A run is one stage, on top of another run's; a record, results/NAME.SEED.json, has its settings,
+git revision, machine, seconds, figures at every step count, and its log, thinned. A record of
+other settings than those below is stale. A claim is a rule on records, evaluated seed by seed.
+reproduce.py makes the runs, and the tables.
+"""
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cli
+from config import CHANGEABLE, INHERITED, Config, folder_of, recipe, stage_before
+
+RESULTS, FOLDER = Path(__file__).parent / "results", Path("runs/reproduce")
+COUNT = 480                  # clips that a model makes at each step count
+
+
+@dataclass(frozen=True)
+class Run:
+    stage: str
+    after: str               # the run that it starts from
+    flags: str               # of train.py
+    samplers: tuple = ("euler",)
+    steps: str = "1,2,4,8,16,32"
+    seeds: int = 1000        # at most
+    anew: bool = False       # with other clips: the one before is its --base, and no more
+
+
+BOTH = ("euler", "consistency")
+TEACHER, TO_50 = "--steps 12000 --guidance 1", "1,2,4,8,16,32,50"
+FORWARD = "--steps 2200 --tangent-warmup 500 --lr 3e-4 --flow-times either"
+TEACHERS = f"{FORWARD} --velocity teacher --balance 0.1"
+DATA = f"{FORWARD} --velocity data --balance 0"
+ON_DIGITS = "--data digits --guidance 1 --steps 2200 --lr 3e-4 --flow-times either"
+DISTILL = "--steps 660 --real-guidance 1 --lr-end 0.3 --ema-decay 0.99"
+RUNS = {
+    # The main line: guidance 1, where data, teacher and DMD aim at the same distribution.
+    "teacher": Run("pretrain", "", TEACHER, steps=TO_50),
+    "flowmap": Run("flowmap", "teacher", TEACHERS),
+    "student": Run("distill", "flowmap", DISTILL),
+    # Consistency: r = 0 in training, in the rollout, in both.
+    "consistency": Run("flowmap", "teacher", f"{TEACHERS} --consistency-fraction 0.5", BOTH),
+    "consistency-student": Run("distill", "consistency", f"{DISTILL} --rollout consistency", BOTH),
+    "student-rollout": Run("distill", "flowmap", f"{DISTILL} --rollout consistency", BOTH),
+    # Before small t had their share of r = t rows; then without a warm-up, at the rate of before.
+    "flowmap-larger": Run("flowmap", "teacher", f"{TEACHERS} --flow-times larger"),
+    "flowmap-no-warmup": Run("flowmap", "teacher", f"{TEACHERS} --flow-times larger "
+                             "--tangent-warmup 0 --lr 1e-3"),
+    "student-larger": Run("distill", "flowmap-larger", DISTILL),
+    # One thing changed in the forward loss. Rate and warm-up were chosen for the teacher's
+    # velocity.
+    "flowmap-data": Run("flowmap", "teacher", DATA),
+    "flowmap-weight-first": Run("flowmap", "teacher", f"{DATA} --weight-before-balance"),
+    "flowmap-no-balance": Run("flowmap", "teacher", f"{DATA} --balance 1e6"),
+    "flowmap-balance-0.01": Run("flowmap", "teacher", f"{TEACHERS} --balance 0.01"),
+    "flowmap-balance-1": Run("flowmap", "teacher", f"{TEACHERS} --balance 1"),
+    "flowmap-uniform": Run("flowmap", "teacher", f"{TEACHERS} --time-weight uniform"),
+    "flowmap-normal": Run("flowmap", "teacher", f"{TEACHERS} --time-weight normal"),
+    "flowmap-added": Run("flowmap", "teacher", f"{TEACHERS} --time-embedding added"),
+    "flowmap-jvp": Run("flowmap", "teacher", f"{TEACHERS} --derivative jvp"),
+    "flowmap-epsilon-0.0001": Run("flowmap", "teacher", f"{TEACHERS} --epsilon 0.0001"),
+    "flowmap-epsilon-0.02": Run("flowmap", "teacher", f"{TEACHERS} --epsilon 0.02"),
+    # One thing changed on policy.
+    "student-no-cotraining": Run("distill", "flowmap", f"{DISTILL} --cotrain 0"),
+    "student-fresh": Run("distill", "flowmap", f"{DISTILL} --fake-rollout fresh"),
+    "student-few-steps": Run("distill", "flowmap", f"{DISTILL} --budgets 1,2,4"),
+    # Real images, and chunk by chunk.
+    "digits-teacher": Run("pretrain", "", f"{TEACHER} --data digits", steps=TO_50),
+    "digits-flowmap": Run("flowmap", "digits-teacher", TEACHERS),
+    "digits-student": Run("distill", "digits-flowmap", DISTILL),
+    # The distilled student learns other clips by the forward loss, in the same codec.
+    "student-on-digits": Run("flowmap", "student", ON_DIGITS, anew=True),
+    "consistency-on-digits": Run("flowmap", "consistency-student",
+                                 f"{ON_DIGITS} --consistency-fraction 0.5", BOTH, anew=True),
+    "loop-teacher": Run("pretrain", "", "--steps 6000 --guidance 1 --data loop --frames 16"),
+    "causal-flowmap": Run("flowmap", "loop-teacher", "--causal"),
+    "causal-student": Run("distill", "causal-flowmap", "--causal --real-guidance 1"),
+    "causal-consistency": Run("flowmap", "loop-teacher", "--causal --consistency-fraction 0.5",
+                              BOTH),
+    # Broken on purpose: what their logs and clips look like.
+    "broken-fake-score": Run("distill", "flowmap", f"{DISTILL} --fake-lr 1e-6", seeds=1),
+    "broken-guidance": Run("distill", "flowmap", f"{DISTILL} --real-guidance 8", seeds=1),
+    "broken-learning-rate": Run("distill", "flowmap", f"{DISTILL} --lr 0.01", seeds=1),
+    "broken-average": Run("pretrain", "", "--steps 3000 --guidance 1 --ema-decay 0.9999 "
+                          "--ema-start 0", steps="8,32", seeds=1),
+    "broken-text": Run("pretrain", "", "--steps 3000 --text-drop 0", steps="8,32", seeds=1),
+}
+TABLES = {
+    "The main line, and consistency": ("teacher", "flowmap", "student", "consistency",
+                                       "student-rollout", "consistency-student"),
+    "The forward loss": [name for name in RUNS if name.startswith("flowmap")],
+    "On policy": [name for name in RUNS if name.startswith("student") and "digits" not in name],
+    "Real images: digits": [name for name in RUNS if "digits" in name],
+    "Chunk by chunk: loop, 16 frames": [name for name in RUNS
+                                        if name.startswith(("loop", "causal"))],
+    "Broken on purpose": [name for name in RUNS if name.startswith("broken")],
+}
+FIGURE = ("teacher", "flowmap", "student", "consistency-student:consistency")
+# Whose log and contact sheet are kept as pictures, of the first seed (docs/runs.md).
+SHOWN = ("teacher", "flowmap", "student", "student-no-cotraining",
+         *(name for name in RUNS if name.startswith("broken")))
+
+# Each rule is evaluated as it stands, seed by seed: ed and acc of a run at so many steps, sd that
+# of ed over the seeds.
+CLAIMS = [
+    ("a", "any-step: 32 steps of the student are no worse than 4",
+     "ed('student', 32) <= ed('student', 4) + sd('student', 4)"),
+    ("a", "and better than 1", "ed('student', 32) <= ed('student', 1)"),
+    ("a", "the consistency student's 32 steps are 1.5 times worse than its best",
+     "1.5 * best('consistency-student:consistency') <= ed('consistency-student:consistency', 32)"),
+    ("b", "few-step: 1 step is a quarter of the teacher's distance at 1",
+     "ed('student', 1) <= ed('teacher', 1) / 4"),
+    ("b", "4 steps are within 1.15 of the teacher at 50",
+     "ed('student', 4) <= 1.15 * ed('teacher', 50)"),
+    ("b", "32 steps within 1.05", "ed('student', 32) <= 1.05 * ed('teacher', 50)"),
+    ("b", "accuracy at 4 steps within a point of the teacher's at 50",
+     "acc('teacher', 50) - 0.01 <= acc('student', 4)"),
+    ("c", "flow-map training beats consistency training at 4 steps, each with its sampler",
+     "ed('flowmap', 4) <= ed('consistency:consistency', 4)"),
+    ("c", "and at 32", "ed('flowmap', 32) <= ed('consistency:consistency', 32)"),
+    ("c", "both sampled as flow maps, at 4", "ed('flowmap', 4) <= ed('consistency', 4)"),
+    ("c", "and at 32", "ed('flowmap', 32) <= ed('consistency', 32)"),
+    ("d", "on policy: the flow map gains a quarter at 1 step",
+     "ed('student', 1) <= 0.75 * ed('flowmap', 1)"),
+    ("d", "at 2", "ed('student', 2) <= 0.75 * ed('flowmap', 2)"),
+    ("d", "at 4", "ed('student', 4) <= 0.75 * ed('flowmap', 4)"),
+    ("d", "and does not lose at 32", "ed('student', 32) <= ed('flowmap', 32)"),
+    ("d", "consistency rollouts from the same start lose at 32",
+     "ed('flowmap', 32) <= ed('student-rollout', 32)"),
+    ("a, digits", "32 steps of the student are no worse than 4",
+     "ed('digits-student', 32) <= ed('digits-student', 4) + sd('digits-student', 4)"),
+    ("b, digits", "4 steps are within 1.15 of the teacher at 50",
+     "ed('digits-student', 4) <= 1.15 * ed('digits-teacher', 50)"),
+    ("d, digits", "on policy the flow map gains a quarter at 2 steps",
+     "ed('digits-student', 2) <= 0.75 * ed('digits-flowmap', 2)"),
+    ("d, digits", "and does not lose at 32",
+     "ed('digits-student', 32) <= ed('digits-flowmap', 32)"),
+    ("a, causal", "32 steps of the student are no worse than 4",
+     "ed('causal-student', 32) <= ed('causal-student', 4) + sd('causal-student', 4)"),
+    ("c, causal", "flow-map training beats consistency training at 4 steps",
+     "ed('causal-flowmap', 4) <= ed('causal-consistency:consistency', 4)"),
+    ("c, causal", "and at 32",
+     "ed('causal-flowmap', 32) <= ed('causal-consistency:consistency', 32)"),
+    ("f", "Beta(2, 1.5) is no worse at 4 steps than a uniform time weight",
+     "ed('flowmap', 4) <= ed('flowmap-uniform', 4) + sd('flowmap', 4)"),
+    ("f", "than a normal one", "ed('flowmap', 4) <= ed('flowmap-normal', 4) + sd('flowmap', 4)"),
+    ("f", "either draw for r = t gains at 32 steps over the larger",
+     "ed('flowmap', 32) <= ed('flowmap-larger', 32)"),
+    ("f", "and so it does after distillation", "ed('student', 32) <= ed('student-larger', 32)"),
+    ("g", "interpolated times are no worse at 4 steps than an added gap",
+     "ed('flowmap', 4) <= ed('flowmap-added', 4) + sd('flowmap-added', 4)"),
+    ("h", "the balance gains at 1 step, against the data", "ed('flowmap-data', 1) <= "
+     "ed('flowmap-no-balance', 1)"),
+    ("h", "the weight after it does", "ed('flowmap-data', 1) <= ed('flowmap-weight-first', 1)"),
+    ("i", "the difference is no worse at 4 steps than the exact derivative",
+     "ed('flowmap', 4) <= ed('flowmap-jvp', 4) + sd('flowmap-jvp', 4)"),
+    ("k", "the teacher's velocity gains at 4 steps over the data's",
+     "ed('flowmap', 4) <= ed('flowmap-data', 4)"),
+    ("k", "and at 32", "ed('flowmap', 32) <= ed('flowmap-data', 32)"),
+    ("l", "co-training keeps the 32 steps", "ed('student', 32) <= "
+     "ed('student-no-cotraining', 32)"),
+    ("l", "long rollouts keep the 32 steps", "ed('student', 32) <= ed('student-few-steps', 32)"),
+    ("n", "trained on with digits, the student's 32 steps are no worse than 4",
+     "ed('student-on-digits', 32) <= ed('student-on-digits', 4) + sd('student-on-digits', 4)"),
+    ("n", "the consistency student's 32 steps are 1.5 times worse than its best",
+     "1.5 * best('consistency-on-digits:consistency') <= "
+     "ed('consistency-on-digits:consistency', 32)"),
+]
+
+
+def chain(name: str) -> list[str]:
+    """The runs whose stages lie in a run's folder, itself last."""
+    run = RUNS[name]
+    return [*(chain(run.after) if run.after and not run.anew else []), name]
+
+
+def flags_of(name: str, seed: int) -> list[str]:
+    run = RUNS[name]
+    base = ["--base", str(place(run.after, seed) / stage_of(run.after))] if run.anew else []
+    return [*run.flags.split(), *base]
+
+
+def stage_of(name: str) -> str:
+    return folder_of(RUNS[name].stage, "--causal" in RUNS[name].flags)
+
+
+def place(name: str, seed: int) -> Path:
+    return FOLDER / f"seed-{seed}" / name
+
+
+def settings(name: str, seed: int) -> list[dict]:
+    """Those of each stage of the chain, as config.parse_config would find them, and how the last
+    one is measured."""
+    parser, found = cli.Parser("", ""), []
+    parser.add_config(Config)
+    for part in chain(name):
+        run = RUNS[part]
+        given = vars(parser.parse(flags_of(part, seed))) | {"stage": run.stage, "seed": seed}
+        before = INHERITED.get(stage_before(run.stage), ()) if found else ()
+        given = {key: found[-1][key] for key in before} | given
+        causal = given.get("causal", False)
+        told = asdict(Config()) | recipe(Config.preset, run.stage, causal) | given
+        found.append({key: value for key, value in told.items()
+                      if key in ("steps", "lr", "fake_lr") or key not in CHANGEABLE})
+    run = RUNS[name]
+    return [*found, {"count": COUNT, "sampled": run.steps, "samplers": list(run.samplers)}]
+
+
+def alike(then: list[dict], now: list[dict]) -> bool:
+    """Whether settings agree; one that is newer than `then` was at its default."""
+    default = asdict(Config())
+    return len(then) == len(now) and all(
+        (default | old).get(key) == value for old, new in zip(then, now)
+        for key, value in new.items())
+
+
+def record_of(name: str, seed: int) -> dict:
+    """What results/ has of a run; {} if nothing, or of other settings."""
+    file = RESULTS / f"{name}.{seed}.json"
+    record = cli.read_json(file) if file.exists() else {}
+    return record if record and alike(record["settings"], settings(name, seed)) else {}
+
+
+def records() -> dict[tuple[str, int], dict]:
+    """{(name, seed): record}, of the settings of today."""
+    files = [file.stem.rpartition(".") for file in sorted(RESULTS.glob("*.json"))]
+    found = {(name, int(seed)): record_of(name, int(seed)) for name, _, seed in files
+             if name in RUNS}
+    return {key: record for key, record in found.items() if record}
+
+
+def value(found: dict, seed: int, model: str, steps: int, metric: str) -> float:
+    """Raises KeyError for what was not measured."""
+    rows = found[model.partition(":")[0], seed]["rows"]
+    values = [row[metric] for row in rows if (row["model"], row["steps"]) == (model, steps)]
+    if not values:
+        raise KeyError(model)
+    return values[0]
+
+
+def seeds_of(found: dict, model: str) -> list[int]:
+    return [seed for name, seed in found if name == model.partition(":")[0]]
+
+
+def spread(found: dict, model: str, steps: int, metric: str = "ed") -> float:
+    """Standard deviation over seeds; 0 of one."""
+    values = [value(found, seed, model, steps, metric) for seed in seeds_of(found, model)]
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def judged(found: dict, rule: str) -> tuple[str, str]:
+    """(verdict, both sides of each seed) of a rule 'left <= right'."""
+    sides = []
+    for seed in sorted({seed for _, seed in found}):
+        def ed(model, steps, metric="ed", seed=seed):
+            return value(found, seed, model, steps, metric)
+        names = {"ed": ed, "acc": lambda model, steps: ed(model, steps, "acc"),
+                 "sd": lambda model, steps: spread(found, model, steps),
+                 "best": lambda model: min(ed(model, n) for n in (1, 2, 4, 8, 16, 32))}
+        try:
+            sides.append([eval(side, names) for side in rule.split("<=")])
+        except KeyError:
+            continue                                 # not run with this seed
+    right = sum(a <= b for a, b in sides)
+    verdict = f"inconclusive at {len(sides)} seeds ({right} of {len(sides)})"
+    if len(sides) >= 3 and right in (0, len(sides)):
+        verdict = f"{'holds' if right else 'does not hold'} ({right} of {len(sides)} seeds)"
+    return verdict if sides else "not run", ", ".join(f"{a:.3f} : {b:.3f}" for a, b in sides)
+
+
+def table(found: dict, names, metric: str, digits: int) -> list[str]:
+    """Mean +- standard deviation over seeds, a row for each model and sampler."""
+    counts = [1, 2, 4, 8, 16, 32, 50]
+    lines = [f"| {metric} | seeds | {' | '.join(map(str, counts))} |", "|---" * 9 + "|"]
+    models = [name if sampler == "euler" else f"{name}:{sampler}" for name in names
+              for sampler in RUNS[name].samplers]
+    for model in models:
+        cells, seeds = [], seeds_of(found, model)
+        for steps in counts if seeds else []:
+            try:
+                mean = statistics.fmean(value(found, seed, model, steps, metric) for seed in seeds)
+            except KeyError:
+                cells.append("")
+                continue
+            pm = f" ± {spread(found, model, steps, metric):.{digits}f}" * (len(seeds) > 1)
+            cells.append(f"{mean:.{digits}f}{pm}")
+        if seeds:
+            lines.append(f"| {model} | {len(seeds)} | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []

@@ -33,7 +33,9 @@ FORWARD = "--steps 2200 --tangent-warmup 500 --lr 3e-4 --flow-times either"
 TEACHERS = f"{FORWARD} --velocity teacher --balance 0.1"
 DATA = f"{FORWARD} --velocity data --balance 0"
 ON_DIGITS = "--data digits --guidance 1 --steps 2200 --lr 3e-4 --flow-times either"
-DISTILL = "--steps 660 --real-guidance 1 --lr-end 0.3 --ema-decay 0.99"
+ON_POLICY = "--real-guidance 1 --ema-decay 0.99"
+DISTILL = f"{ON_POLICY} --batch-size 16 --steps 990 --lr 3e-4 --lr-end 0.1 --cotrain 4"
+HALF = f"{DISTILL} --steps 495"
 RUNS = {
     # The main line: guidance 1, where data, teacher and DMD aim at the same distribution.
     "teacher": Run("pretrain", "", TEACHER, steps=TO_50),
@@ -43,11 +45,12 @@ RUNS = {
     "consistency": Run("flowmap", "teacher", f"{TEACHERS} --consistency-fraction 0.5", BOTH),
     "consistency-student": Run("distill", "consistency", f"{DISTILL} --rollout consistency", BOTH),
     "student-rollout": Run("distill", "flowmap", f"{DISTILL} --rollout consistency", BOTH),
-    # Before small t had their share of r = t rows; then without a warm-up, at the rate of before.
+    # Before small t had their share of r = t rows: without a warm-up, at the rate of before; and
+    # distilled in fewer, larger batches.
     "flowmap-larger": Run("flowmap", "teacher", f"{TEACHERS} --flow-times larger"),
     "flowmap-no-warmup": Run("flowmap", "teacher", f"{TEACHERS} --flow-times larger "
                              "--tangent-warmup 0 --lr 1e-3"),
-    "student-larger": Run("distill", "flowmap-larger", DISTILL),
+    "student-larger": Run("distill", "flowmap-larger", f"{ON_POLICY} --steps 660 --lr-end 0.3"),
     # One thing changed in the forward loss. Rate and warm-up were chosen for the teacher's
     # velocity.
     "flowmap-data": Run("flowmap", "teacher", DATA),
@@ -79,9 +82,9 @@ RUNS = {
     "causal-consistency": Run("flowmap", "loop-teacher", "--causal --consistency-fraction 0.5",
                               BOTH),
     # Broken on purpose: what their logs and clips look like.
-    "broken-fake-score": Run("distill", "flowmap", f"{DISTILL} --fake-lr 1e-6", seeds=1),
-    "broken-guidance": Run("distill", "flowmap", f"{DISTILL} --real-guidance 8", seeds=1),
-    "broken-learning-rate": Run("distill", "flowmap", f"{DISTILL} --lr 0.01", seeds=1),
+    "broken-fake-score": Run("distill", "flowmap", f"{HALF} --fake-lr 1e-6", seeds=1),
+    "broken-guidance": Run("distill", "flowmap", f"{HALF} --real-guidance 8", seeds=1),
+    "broken-learning-rate": Run("distill", "flowmap", f"{HALF} --lr 0.01", seeds=1),
     "broken-average": Run("pretrain", "", "--steps 3000 --guidance 1 --ema-decay 0.9999 "
                           "--ema-start 0", steps="8,32", seeds=1),
     "broken-text": Run("pretrain", "", "--steps 3000 --text-drop 0", steps="8,32", seeds=1),

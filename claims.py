@@ -32,9 +32,11 @@ TEACHER, TO_50 = "--steps 12000 --guidance 1", "1,2,4,8,16,32,50"
 FORWARD = "--steps 2200 --tangent-warmup 500 --lr 3e-4 --flow-times either"
 TEACHERS = f"{FORWARD} --velocity teacher --balance 0.1"
 DATA = f"{FORWARD} --velocity data --balance 0"
+# A flow map that goes on needs no warm-up, and has no teacher of the new clips.
 ON_DIGITS = "--data digits --guidance 1 --steps 2200 --lr 3e-4 --flow-times either"
 ON_POLICY = "--real-guidance 1 --ema-decay 0.99"
 DISTILL = f"{ON_POLICY} --batch-size 16 --steps 990 --lr 3e-4 --lr-end 0.1 --cotrain 4"
+# What is broken shows in half of the updates.
 HALF = f"{DISTILL} --steps 495"
 RUNS = {
     # The main line: guidance 1, where data, teacher and DMD aim at the same distribution.
@@ -45,7 +47,7 @@ RUNS = {
     "consistency": Run("flowmap", "teacher", f"{TEACHERS} --consistency-fraction 0.5", BOTH),
     "consistency-student": Run("distill", "consistency", f"{DISTILL} --rollout consistency", BOTH),
     "student-rollout": Run("distill", "flowmap", f"{DISTILL} --rollout consistency", BOTH),
-    # Before small t had their share of r = t rows: without a warm-up, at the rate of before; and
+    # The larger draw for r = t, too, as before; without a warm-up, at the rate of that time; and
     # distilled in fewer, larger batches.
     "flowmap-larger": Run("flowmap", "teacher", f"{TEACHERS} --flow-times larger"),
     "flowmap-no-warmup": Run("flowmap", "teacher", f"{TEACHERS} --flow-times larger "
@@ -72,7 +74,8 @@ RUNS = {
     "digits-teacher": Run("pretrain", "", f"{TEACHER} --data digits", steps=TO_50),
     "digits-flowmap": Run("flowmap", "digits-teacher", TEACHERS),
     "digits-student": Run("distill", "digits-flowmap", DISTILL),
-    # The distilled student learns other clips by the forward loss, in the same codec.
+    # The distilled student learns other clips by the forward loss, in the codec that it has, which
+    # shows digits less well than their own does: real ones have psnr 30.5 and ed 0.018 in it.
     "student-on-digits": Run("flowmap", "student", ON_DIGITS, anew=True),
     "consistency-on-digits": Run("flowmap", "consistency-student",
                                  f"{ON_DIGITS} --consistency-fraction 0.5", BOTH, anew=True),
@@ -100,6 +103,8 @@ TABLES = {
     "Broken on purpose": [name for name in RUNS if name.startswith("broken")],
 }
 FIGURE = ("teacher", "flowmap", "student", "consistency-student:consistency")
+HEALTHY = [name for name in RUNS if name.startswith(("digits", "loop", "causal"))]
+HEALTHY += ["teacher", "flowmap", "student"]
 # Whose log and contact sheet are kept as pictures, of the first seed (docs/runs.md).
 SHOWN = ("teacher", "flowmap", "student", "student-no-cotraining",
          *(name for name in RUNS if name.startswith("broken")))
@@ -172,8 +177,13 @@ CLAIMS = [
 ]
 
 
+def lineage(name: str) -> list[str]:
+    """The runs that a run rests on, itself last."""
+    return [*(lineage(RUNS[name].after) if RUNS[name].after else []), name]
+
+
 def chain(name: str) -> list[str]:
-    """The runs whose stages lie in a run's folder, itself last."""
+    """Those whose stages lie in its folder."""
     run = RUNS[name]
     return [*(chain(run.after) if run.after and not run.anew else []), name]
 
@@ -192,21 +202,30 @@ def place(name: str, seed: int) -> Path:
     return FOLDER / f"seed-{seed}" / name
 
 
+def said(run: Run) -> str:
+    """Its flags of train.py, of one that is given twice the last."""
+    flags, flag = {"--stage": run.stage}, ""
+    for word in run.flags.split():
+        flag = word if word.startswith("--") else flag
+        flags[flag] = "" if word == flag else word
+    flags |= {"--base": run.after} if run.anew else {}
+    return " ".join(f"{flag} {value}".strip() for flag, value in flags.items())
+
+
 def settings(name: str, seed: int) -> list[dict]:
-    """Those of each stage of the chain, as config.parse_config would find them, and how the last
+    """Those of each stage of the lineage, as config.parse_config would find them, and how the last
     one is measured."""
     parser, found = cli.Parser("", ""), []
     parser.add_config(Config)
-    for part in chain(name):
+    for part in lineage(name):
         run = RUNS[part]
         given = vars(parser.parse(flags_of(part, seed))) | {"stage": run.stage, "seed": seed}
-        before = INHERITED.get(stage_before(run.stage), ()) if found else ()
+        before = () if run.anew else INHERITED.get(stage_before(run.stage), ())
         given = {key: found[-1][key] for key in before} | given
         causal = given.get("causal", False)
         told = asdict(Config()) | recipe(Config.preset, run.stage, causal) | given
         found.append({key: value for key, value in told.items()
                       if key in ("steps", "lr", "fake_lr") or key not in CHANGEABLE})
-    run = RUNS[name]
     return [*found, {"count": COUNT, "sampled": run.steps, "samplers": list(run.samplers)}]
 
 

@@ -107,8 +107,9 @@ class Config:
                                "wrong maps that satisfy the identity. 0 to go on with a flow map")
     weight_before_balance: bool = flag(False, "the released order, in which w(t) cancels for r < t")
     flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
-    flow_times: str = flag("larger", "their t: the larger of two draws, as where r < t, or either, "
-                           "which has small t more often: many steps need it", choices=FLOW_TIMES)
+    flow_times: str = flag("larger", "t of rows with r = t: the larger of two draws, as where "
+                           "r < t, or either, which is small more often: many steps need that",
+                           choices=FLOW_TIMES)
     consistency_fraction: float = flag(0.25, "fraction with r = 0; 1 - flow fraction makes a "
                                        "consistency model")
     bidirectional_fraction: float = flag(0.0, "causal flowmap: fraction of updates that add flow "
@@ -132,8 +133,8 @@ class Config:
     max_skips: int = flag(5, "stop after this many updates in a row with a non-finite gradient")
 
     @property
-    def single_draws(self) -> float:
-        """Share of the batch whose t is one uniform draw, not the larger of two."""
+    def either_share(self) -> float:
+        """Share of the batch whose t is either of the two draws, not the larger."""
         return self.flow_fraction if self.flow_times == "either" else 0.0
 
     @property

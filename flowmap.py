@@ -147,8 +147,8 @@ def flow_map_times(generator: torch.Generator, count: int, shift: float,
     are stratified: with one random offset o, sample i has position (i + o) / count on [0, 1). Every
     role has its exact expected share at any count from 1 up; 2 or more have an r = t sample.
 
-    flow_times: whether an r = t sample has the larger draw too, or "either": there is no smaller
-    one to leave room for, and small t come more often, by 21 times below 0.2 at shift 5.
+    flow_times: "larger" gives an r = t sample the larger draw, too. "either" gives it any of the
+    two, as it needs no smaller one: 21 times as many of them lie below 0.2 at shift 5.
     """
     pair = torch.rand(2, count, generator=generator)
     position = (torch.arange(count) + torch.rand(1, generator=generator)) / count
@@ -168,10 +168,10 @@ TIME_WEIGHTS = {                             # densities over the shifted time, 
 
 
 @lru_cache
-def mean_time_weight(name: str, shift: float, single: float = 0.0) -> float:
+def mean_time_weight(name: str, shift: float, either: float = 0.0) -> float:
     """Mean of a time weight under `flow_map_times`: the integral of w(sigma(a)) p(a) over [0, 1].
 
-    p(a) is 2 a for the larger of two uniform draws, and 1 for the share `single` of the batch that
+    p(a) is 2 a for the larger of two uniform draws, and 1 for the share `either` of the batch that
     has either. Gauss-Legendre in a = 1 - y^2 takes the root at t = 1 out of the Beta density, so
     that 64 nodes are exact to rounding.
     """
@@ -179,14 +179,14 @@ def mean_time_weight(name: str, shift: float, single: float = 0.0) -> float:
     nodes, weights = np.polynomial.legendre.leggauss(64)
     y, weights = torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
     a = 1 - y**2
-    p = 2 * a * (1 - single) + single
+    p = 2 * a * (1 - either) + either
     return float((TIME_WEIGHTS[name](shift_time(a, shift)) * p * 2 * y * weights).sum())
 
 
-def time_weight(t: torch.Tensor, name: str, shift: float, single: float = 0.0) -> torch.Tensor:
+def time_weight(t: torch.Tensor, name: str, shift: float, either: float = 0.0) -> torch.Tensor:
     """w(t) (B,) with mean 1 under the training times: normalised over them, not inside a batch,
-    where it would vanish at batch 1. single: see `mean_time_weight`. Raises ValueError for an
+    where it would vanish at batch 1. either: see `mean_time_weight`. Raises ValueError for an
     unknown name."""
     if name not in TIME_WEIGHTS:
         raise ValueError(f"time weight {name!r}: choose one of {', '.join(TIME_WEIGHTS)}")
-    return TIME_WEIGHTS[name](t) / mean_time_weight(name, shift, single)
+    return TIME_WEIGHTS[name](t) / mean_time_weight(name, shift, either)

@@ -183,7 +183,7 @@ def simulate(case: Case) -> dict:
     world = distributed.World(0, case.gpus, torch.device("cpu"))
     rotary_table.cache_clear()                       # fake tables are for fake calls
     # But this number is a true one:
-    flowmap.mean_time_weight(case.c.time_weight, case.c.shift, case.c.single_draws)
+    flowmap.mean_time_weight(case.c.time_weight, case.c.shift, case.c.either_share)
     try:
         nets, parts = build(case, world, lambda: mode)
         out, ledger = kept(nets, parts), Ledger(mode, case.gpus)

@@ -64,10 +64,11 @@ def make(name: str, seed: int, device: str, before=None) -> dict:
     script(folder, "eval.py", "--run-dir", folder, "--models", ",".join(models), "--steps",
            run.steps, "--count", claims.COUNT, "--device", device)
     record = recorded(name, seed, device)
+    if name in claims.SHOWN and seed == 0:
+        claims.RESULTS.mkdir(exist_ok=True)
+        shutil.copy(folder / "eval" / f"{stage}.png", claims.RESULTS / f"{name}.png")
     with cli.written_aside(claims.RESULTS / f"{name}.{seed}.json") as aside:
         aside.write_text(json.dumps(record))
-    if name in claims.SHOWN and seed == 0:
-        shutil.copy(folder / "eval" / f"{stage}.png", claims.RESULTS / f"{name}.png")
     return record
 
 
@@ -161,7 +162,6 @@ def run_all(names: list[str], seeds: list[int], jobs: int, device: str) -> None:
 
 # --- what the records say
 
-
 def tables() -> None:
     import eval as evaluation
     found = records()
@@ -174,7 +174,7 @@ def tables() -> None:
     lines += [f"{len(found)} runs, {hours:.1f} hours of training, each on one core or GPU of: "
               f"{'; '.join(sorted(machines))}. {claims.COUNT} clips at each step count. Mean ± "
               "standard deviation over seeds. `:consistency` is the consistency sampler.", ""]
-    real = {record["settings"][0]["data"]: record["real"] for record in found.values()}
+    real = {record["settings"][-2]["data"]: record["real"] for record in found.values()}
     lines += [f"Other real clips of `{data}`: ed {r['real_ed']:.3f} ± {r['real_ed_std']:.3f}, acc "
               f"{r['real_accuracy']['all']:.3f}, psnr {r['real_psnr']:.1f}.\n"
               for data, r in sorted(real.items())]
@@ -203,7 +203,7 @@ def tables() -> None:
     for name, run in claims.RUNS.items():
         seeds = claims.seeds_of(found, name)
         minutes = [f"{found[name, seed]['seconds'] / 60:.0f}" for seed in seeds]
-        lines.append(f"| {name} | {run.after} | `--stage {run.stage} {run.flags}` | "
+        lines.append(f"| {name} | {run.after} | `{claims.said(run)}` | "
                      f"{', '.join(minutes) or 'not run yet'} |")
     (claims.RESULTS / "README.md").write_text("\n".join(lines) + "\n")
     print(f"in {claims.RESULTS}: README.md, from {len(found)} records")
@@ -211,7 +211,7 @@ def tables() -> None:
 
 def compare(run: Path) -> None:
     """Draw each quantity of a run's logs over its range in the records of the same stage."""
-    logs = sorted(run.glob("*/log.jsonl"))
+    found, logs = records(), sorted(run.glob("*/log.jsonl"))
     if not logs:
         raise ValueError(f"{run}: holds no log.jsonl of a stage; give the folder of a run, such as "
                          "runs/toy-shapes")
@@ -222,14 +222,14 @@ def compare(run: Path) -> None:
         if not rows:
             raise ValueError(f"{file}: has no row yet; it gets one every --log-every updates")
         picture = run / f"compare-{file.parent.name}.png"
-        draw_log(picture, str(file.parent), rows, healthy(records(), file.parent.name, data))
+        draw_log(picture, str(file.parent), rows, healthy(found, file.parent.name, data))
         print(picture)
 
 
-def healthy(found: dict, stage: str, data: str) -> list[list[dict]]:
-    """Logs of the records of a stage, of the same clips where there are any."""
-    normal = [record for (name, _), record in found.items()
-              if stage_of(name) == stage and not name.startswith("broken")]
+def healthy(found: dict, stage: str, data: str, but=None) -> list[list[dict]]:
+    """Logs of healthy records of a stage, of the same clips where there are any. but: not this."""
+    normal = [record for key, record in found.items() if key != but
+              and key[0] in claims.HEALTHY and stage_of(key[0]) == stage]
     same = [record for record in normal if record["settings"][-2]["data"] == data]
     return [record["log"] for record in same or normal]
 
@@ -240,8 +240,10 @@ def draw_log(path: Path, title: str, rows: list[dict], normal: list[list[dict]])
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     keys = [key for key in rows[0] if key not in ("step", "lr", "seconds", "skipped")]
-    lines = math.ceil(len(keys) / 5)
-    figure, axes = plt.subplots(lines, 5, figsize=(11, 2.1 * lines))
+    columns = min(5, len(keys))
+    lines = math.ceil(len(keys) / columns)
+    size = max(5, 2.2 * columns), 2.1 * lines
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     for axis in axes.flat[len(keys):]:
         axis.remove()
     for axis, key in zip(axes.flat, keys):
@@ -263,7 +265,8 @@ def draw_logs(found: dict) -> None:
     """Of each record that docs/runs.md shows."""
     for name in claims.SHOWN:
         if record := found.get((name, 0)):
-            normal = healthy(found, stage_of(name), record["settings"][-2]["data"])
+            data = record["settings"][-2]["data"]
+            normal = healthy(found, stage_of(name), data, but=(name, 0))
             draw_log(claims.RESULTS / f"{name}-log.png", name, record["log"], normal)
 
 

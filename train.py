@@ -108,7 +108,7 @@ def backward_chunks(last_chunk, z_0, gradient, batch, student, last: bool, c: Co
 def balanced(err, batch, flow_errors, c: Config, log) -> torch.Tensor:
     """The forward loss (B,), scaled by the r = t errors of the global batch. Their rows come first
     in it, so the mean is complete by the time that the first r < t row needs it."""
-    weight = time_weight(batch.t, c.time_weight, c.shift, c.single_draws)
+    weight = time_weight(batch.t, c.time_weight, c.shift, c.either_share)
     to_balance = meanflow.balance_error(err.detach(), weight, c.weight_before_balance)
     # A global batch of 1 may have no r = t row: then 1 sets the scale, as for u = 0.
     mu = flow_errors.add(to_balance[:batch.roles[0]], default=1.0)

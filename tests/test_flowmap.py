@@ -117,13 +117,13 @@ def test_times_are_the_larger_draw_or_where_asked_either_for_flow_matching_alone
 
 @pytest.mark.parametrize("name", flowmap.TIME_WEIGHTS)
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
-@pytest.mark.parametrize("flow_times, single", [("larger", 0.0), ("either", 0.3)])
-def test_time_weights_have_mean_one_under_the_training_times(name, shift, flow_times, single):
+@pytest.mark.parametrize("flow_times, either", [("larger", 0.0), ("either", 0.3)])
+def test_time_weights_have_mean_one_under_the_training_times(name, shift, flow_times, either):
     t, _ = flowmap.flow_map_times(generator("weights"), 400_000, shift, 0.3, 0.25, flow_times)
-    weight = flowmap.time_weight(t.double(), name, shift, single)
+    weight = flowmap.time_weight(t.double(), name, shift, either)
     standard_error = weight.std().item() / 400_000**0.5
     assert weight.mean().item() == pytest.approx(1, abs=4 * standard_error + 1e-9)
-    alone = flowmap.time_weight(t[:1].double(), name, shift, single)  # not in the batch
+    alone = flowmap.time_weight(t[:1].double(), name, shift, either)  # not in the batch
     torch.testing.assert_close(alone, weight[:1])
 
 

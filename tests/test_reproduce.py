@@ -1,4 +1,4 @@
-"""reproduce.py: what is run, what is recorded, which claims hold."""
+"""claims.py and reproduce.py: what is run, what is recorded, which claims hold."""
 import importlib.util
 import json
 import shutil
@@ -11,7 +11,7 @@ import claims
 import reproduce
 import train
 from claims import RUNS, Run
-from config import INHERITED, STAGES, folder_of, parse_config, stage_before
+from config import INHERITED, folder_of, parse_config, stage_before
 
 
 def rows(model, **figures):
@@ -40,28 +40,29 @@ def test_a_rule_is_judged_seed_by_seed():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_settings_are_those_that_training_takes(name, tmp_path):
-    """Also what a stage takes over from the one before."""
-    stages = reproduce.settings(name, 7)[:-1]
-    for part, told in zip(claims.chain(name), stages, strict=True):
-        before = stage_before(told["stage"])
-        if before and not RUNS[part].anew:
-            folder = tmp_path / folder_of(before, told["causal"])
-            folder.mkdir(exist_ok=True)
-            handed = {key: stages[STAGES.index(before)][key] for key in INHERITED[before]}
+    """Also what a stage takes over from the one before, if it does."""
+    stages, before = claims.settings(name, 7)[:-1], {}
+    for part, told in zip(claims.lineage(name), stages, strict=True):
+        run = RUNS[part]
+        folder = tmp_path / part / (folder_of(stage_before(run.stage), told["causal"]) or "none")
+        folder.mkdir(parents=True)
+        if before and not run.anew:
+            handed = {key: before[key] for key in INHERITED[stage_before(run.stage)]}
             (folder / "config.json").write_text(json.dumps({"config": handed}))
-        c = parse_config(["--stage", told["stage"], "--run-dir", str(tmp_path), "--seed", "7",
+        c = parse_config(["--stage", run.stage, "--run-dir", str(tmp_path / part), "--seed", "7",
                           *claims.flags_of(part, 7)])
         assert told == {key: getattr(c, key) for key in told}
+        before = told
 
 
 def test_a_record_of_other_settings_is_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "FOLDER", tmp_path / "runs")
-    told = reproduce.settings("flowmap", 0)
+    told = claims.settings("flowmap", 0)
     del told[1]["derivative"]                            # newer than the record: at its default
     file = tmp_path / "flowmap.0.json"
     file.write_text(json.dumps({"settings": told}))
-    assert reproduce.record_of("flowmap", 0)
+    assert claims.record_of("flowmap", 0)
     assert reproduce.missing(["flowmap"], 0) == []
     assert reproduce.missing(["student"], 0) == ["teacher", "flowmap", "student"]  # its start
     assert reproduce.missing(["flowmap"], 1) == ["teacher", "flowmap"]
@@ -70,7 +71,7 @@ def test_a_record_of_other_settings_is_stale(tmp_path, monkeypatch):
         wrong[stage] |= change                           # of the teacher below it, say
         wrong[stage] = {key: value for key, value in wrong[stage].items() if value is not None}
         file.write_text(json.dumps({"settings": wrong}))
-        assert not reproduce.record_of("flowmap", 0), change
+        assert not claims.record_of("flowmap", 0), change
         assert reproduce.missing(["flowmap"], 0) == ["teacher", "flowmap"]
 
 
@@ -80,7 +81,7 @@ def test_what_is_on_disk_is_not_trained_again(tmp_path, monkeypatch):
     (folder / "pretrain").mkdir(parents=True)
     (folder / "pretrain" / "model.safetensors").touch()
     assert not reproduce.finished("teacher", 0)
-    (folder / "settings.json").write_text(json.dumps(reproduce.settings("teacher", 0)[:-1]))
+    (folder / "settings.json").write_text(json.dumps(claims.settings("teacher", 0)[:-1]))
     assert reproduce.finished("teacher", 0) and not reproduce.finished("teacher", 1)
 
 
@@ -97,14 +98,15 @@ def test_a_script_that_fails_is_quoted(tmp_path):
         reproduce.script(tmp_path, "train.py", "--stag", "pretrain")
 
 
-def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monkeypatch):
-    """Two stages of the tiny preset, trained in this process, with a stand-in for eval.py, which
-    takes seconds, that tells weights apart."""
-    tiny = "--preset tiny --guidance 1 --steps 4 --save-every 4"
-    runs = {"teacher": Run("pretrain", "", tiny, steps="1,2"),
-            "flowmap": Run("flowmap", "teacher", "--steps 3", ("euler", "consistency"), "1,2")}
+TINY = "--preset tiny --guidance 1 --steps 4 --save-every 4"
+MADE = ["--seeds", "1", "--jobs", "1"]
+
+
+def tiny_runs(runs, tmp_path, monkeypatch) -> list:
+    """Runs of the tiny preset, trained in this process, with a stand-in for eval.py, which takes
+    seconds, that tells weights apart. Returns the list in which what is done is noted."""
     rules = [("x", "t", "ed('flowmap', 2) <= 2 * ed('teacher', 1)")]
-    for name, new in (("RUNS", runs), ("TABLES", {"Both": runs}), ("FIGURE", tuple(runs)),
+    for name, new in (("RUNS", runs), ("TABLES", {"All": runs}), ("FIGURE", tuple(runs)),
                       ("CLAIMS", rules), ("RESULTS", tmp_path / "results"),
                       ("FOLDER", tmp_path / "runs")):
         monkeypatch.setattr(claims, name, new)
@@ -114,7 +116,7 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
         done.append((file, folder.name))
         if file == "train.py":
             return train.main(list(map(str, words)))
-        stage = reproduce.stage_of(folder.name)
+        stage = claims.stage_of(folder.name)
         ed = float(crc32((folder / stage / "model.safetensors").read_bytes()))
         measured = {"real_ed": 0.0, "real_ed_std": 0.1, "real_psnr": 40.0,
                     "real_accuracy": {"all": 1.0}}
@@ -126,9 +128,15 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
         (folder / "eval" / "results.json").write_text(json.dumps(measured))
         (folder / "eval" / f"{stage}.png").write_text(folder.name)
     monkeypatch.setattr(reproduce, "script", script)
-    made = ["--seeds", "1", "--jobs", "1"]
-    reproduce.main(made)
-    first = {name: reproduce.record_of(name, 0) for name in runs}
+    return done
+
+
+def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monkeypatch):
+    runs = {"teacher": Run("pretrain", "", TINY, steps="1,2"),
+            "flowmap": Run("flowmap", "teacher", "--steps 3", ("euler", "consistency"), "1,2")}
+    done = tiny_runs(runs, tmp_path, monkeypatch)
+    reproduce.main(MADE)
+    first = {name: claims.record_of(name, 0) for name in runs}
     assert [(row["model"], row["steps"]) for row in first["flowmap"]["rows"]] == [
         ("flowmap", 1), ("flowmap", 2), ("flowmap:consistency", 1), ("flowmap:consistency", 2)]
     assert first["flowmap"]["log"][-1]["step"] == 3 and first["flowmap"]["git"]
@@ -139,28 +147,28 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
     assert drawn.exists() or not importlib.util.find_spec("matplotlib")
 
     done.clear()
-    reproduce.main(made)
+    reproduce.main(MADE)
     assert not done                                      # nothing is missing
     shutil.rmtree(tmp_path / "runs" / "seed-0" / "flowmap")
     (tmp_path / "results" / "flowmap.0.json").unlink()
-    reproduce.main(made)                                 # from the teacher that is there
+    reproduce.main(MADE)                                 # from the teacher that is there
     assert done == [("train.py", "flowmap"), ("eval.py", "flowmap")]
-    assert reproduce.record_of("flowmap", 0)["rows"] == first["flowmap"]["rows"]
+    assert claims.record_of("flowmap", 0)["rows"] == first["flowmap"]["rows"]
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "results" / "flowmap.0.json").unlink()
-    reproduce.main(made)                                 # from a teacher that is trained again
+    reproduce.main(MADE)                                 # from a teacher that is trained again
     assert done[2:] == [("train.py", "teacher"), *done[:2]]      # whose record stays
-    assert reproduce.record_of("flowmap", 0)["rows"] == first["flowmap"]["rows"]
+    assert claims.record_of("flowmap", 0)["rows"] == first["flowmap"]["rows"]
 
     done.clear()
     runs["flowmap"] = Run("flowmap", "teacher", "--steps 2", steps="1")
-    reproduce.main(made)                                 # other settings: trained anew
+    reproduce.main(MADE)                                 # other settings: trained anew
     assert done == [("train.py", "flowmap"), ("eval.py", "flowmap")]
-    assert reproduce.record_of("flowmap", 0)["log"][-1]["step"] == 2
+    assert claims.record_of("flowmap", 0)["log"][-1]["step"] == 2
 
     runs["flowmap"] = Run("flowmap", "teacher", "--steps 2")
-    reproduce.main(made)                                 # measured otherwise, not trained again
-    assert len(reproduce.record_of("flowmap", 0)["rows"]) == 6
+    reproduce.main(MADE)                                 # measured otherwise, not trained again
+    assert len(claims.record_of("flowmap", 0)["rows"]) == 6
     log = tmp_path / "runs" / "seed-0" / "flowmap" / "flowmap" / "log.jsonl"
     assert len(log.read_text().splitlines()) == 1
 
@@ -172,10 +180,30 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
     assert (tmp_path / "results" / "README.md").exists()
 
 
+def test_a_run_with_other_clips_has_a_base_and_is_stale_with_it(tmp_path, monkeypatch):
+    more = "--preset tiny --data digits --steps 1"
+    runs = {"teacher": Run("pretrain", "", TINY, steps="1"),
+            "flowmap": Run("flowmap", "teacher", "--steps 1", steps="1"),
+            "other": Run("flowmap", "flowmap", more, steps="1", anew=True)}
+    done = tiny_runs(runs, tmp_path, monkeypatch)
+    reproduce.main(MADE)
+    folder = tmp_path / "runs" / "seed-0"
+    told = json.loads((folder / "other" / "flowmap" / "config.json").read_text())["config"]
+    assert (told["data"], told["base"]) == ("digits", str(folder / "flowmap" / "flowmap"))
+    assert not (folder / "other" / "pretrain").exists()          # no teacher of these clips
+    assert claims.said(runs["other"]) == f"--stage flowmap {more} --base flowmap"
+
+    done.clear()
+    runs["flowmap"] = Run("flowmap", "teacher", "--steps 2", steps="1")
+    reproduce.main(MADE)
+    assert done == list(product(("train.py", "eval.py"), ["flowmap"])) + list(
+        product(("train.py", "eval.py"), ["other"]))
+
+
 def test_records_and_tables_in_the_repository_belong_together(tmp_path, monkeypatch):
     """results/README.md is what its records give, and no record is stale."""
     files = sorted(claims.RESULTS.glob("*.json"))
-    assert set(reproduce.records()) == {
+    assert set(claims.records()) == {
         (file.stem.rpartition(".")[0], int(file.stem.rpartition(".")[2])) for file in files}
     for file in files:
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -56,7 +56,7 @@ def update(case: plan.Case, monkeypatch, mode=None) -> None:
     batch = updates.draw_batch(c, Source(), WORLD, 0, 0)
     log = distributed.Sums(train.LOGGED[c.stage])
     # A number of the host, found once:
-    flowmap.mean_time_weight(c.time_weight, c.shift, c.single_draws)
+    flowmap.mean_time_weight(c.time_weight, c.shift, c.either_share)
     with mode or nullcontext():
         train.update(c, nets, parts, iter([batch]), 0, WORLD, log)
 

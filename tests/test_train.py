@@ -405,12 +405,12 @@ def test_the_next_stage_takes_these_over_and_no_others(tmp_path, stage, form):
 @pytest.mark.parametrize("form", [[], ["--causal"]])
 def test_distill_co_trains_with_the_forward_loss_of_flowmap(tmp_path, form):
     flags = ["--guidance", "3", "--time-weight", "uniform", "--derivative", "jvp",
-             "--consistency-fraction", "0.5"]
+             "--consistency-fraction", "0.5", "--flow-times", "either"]
     run = ["--run-dir", str(tmp_path), *form]
     begun(tmp_path, parse_config([*run, "--stage", "flowmap", *flags]))
     c = parse_config([*run, "--stage", "distill"])
-    found = (c.guidance, c.time_weight, c.derivative, c.consistency_fraction)
-    assert found == (3.0, "uniform", "jvp", 0.5)
+    found = (c.guidance, c.time_weight, c.derivative, c.consistency_fraction, c.flow_times)
+    assert found == (3.0, "uniform", "jvp", 0.5, "either")
     assert parse_config([*run, "--stage", "distill", "--guidance", "4"]).guidance == 4.0
 
 

@@ -145,6 +145,19 @@ def test_flowmap_fuses_guidance_and_takes_the_derivative():
     check_forward_loss(calls, batch, c, log)
 
 
+@pytest.mark.parametrize("flow_times, either", [("larger", 0.0), ("either", 1.0)])
+def test_flow_matching_has_the_draw_that_is_asked_and_its_weight(flow_times, either):
+    c = replace(settings("flowmap"), guidance=1.0, flow_fraction=1.0, consistency_fraction=0.0,
+                flow_times=flow_times)
+    (call,), batch, log = one_update(c)
+    draws = distributed.generator(c.seed, 10**7 + 1, "time")
+    t, r = flowmap.flow_map_times(draws, 8, c.shift, 1.0, 0.0, flow_times)
+    assert torch.equal(batch.t, t) and torch.equal(batch.r, r)
+    weight = flowmap.time_weight(t, c.time_weight, c.shift, either)
+    err = (call.u - (batch.n - batch.x)).square().mean((1, 2, 3, 4))
+    assert log["loss"] == pytest.approx((err * weight).mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("step, tangent", [(0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)])
 def test_the_targets_derivative_warms_up(step, tangent):
     c = settings("flowmap", tangent_warmup=4)

@@ -66,6 +66,20 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, stage,
     assert_same_stage(run / stage, finished / stage)
 
 
+def test_a_stage_with_an_added_time_embedding_goes_on(finished, tmp_path):
+    """By its own record, without the flag; and the stage after with what its weights have."""
+    whole = linked(finished, tmp_path / "whole", "flowmap")
+    trained(whole, "flowmap", "--time-embedding", "added", "--steps", "3", "--save-every", "1")
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, symlinks=True)
+    (run / "flowmap" / "model.safetensors").unlink()
+    shutil.rmtree(checkpoint.checkpoints(run / "flowmap")[-1])
+    trained(run, "flowmap")
+    assert_same_stage(run / "flowmap", whole / "flowmap")
+    for stage in (run / "flowmap", trained(run, "distill", "--steps", "1")):
+        assert checkpoint.load_model(stage)[0].added
+
+
 @pytest.mark.parametrize("stage", FOLDERS)
 def test_another_seed_other_bits(finished, tmp_path, stage):
     run = linked(finished, tmp_path / "run", stage)

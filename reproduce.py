@@ -187,8 +187,9 @@ def tables() -> None:
             draw_logs(found)
         else:
             print("no figures: they need matplotlib (pip install matplotlib)")
-    lines += ["## Claims", "", "A rule is evaluated as it stands, seed by seed. It holds where it "
-              "is true, and does not where it is false, in every one of three seeds or more.", "",
+    lines += ["## Claims", "", "A rule is evaluated as it stands, seed by seed. A claim holds if "
+              "it is true, and does not hold if it is false, in each of at least three seeds; "
+              "anything else is inconclusive.", "",
               "| | claim | rule | left : right, by seed | |", "|---|---|---|---|---|"]
     for letter, text, rule in claims.CLAIMS:
         verdict, sides = claims.judged(found, rule)

@@ -263,7 +263,7 @@ def draw_log(path: Path, title: str, rows: list[dict], normal: list[list[dict]])
 
 
 def draw_logs(found: dict) -> None:
-    """Of each record that docs/runs.md shows."""
+    """Of the records that are shown as pictures."""
     for name in claims.SHOWN:
         if record := found.get((name, 0)):
             data = record["settings"][-2]["data"]

@@ -36,6 +36,8 @@ DATA = f"{FORWARD} --velocity data --balance 0"
 ON_DIGITS = "--data digits --guidance 1 --steps 2200 --lr 3e-4 --flow-times either"
 ON_POLICY = "--real-guidance 1 --ema-decay 0.99"
 DISTILL = f"{ON_POLICY} --batch-size 16 --steps 990 --lr 3e-4 --lr-end 0.1 --cotrain 4"
+# Chunk by chunk: from a teacher that sees whole clips, and has no velocity for parts of one.
+CAUSAL = "--causal --steps 1500 --flow-times either"
 # Half of the updates, to save time, of what is only to be seen broken.
 HALF = f"{DISTILL} --steps 495"
 RUNS = {
@@ -79,10 +81,11 @@ RUNS = {
     "student-on-digits": Run("flowmap", "student", ON_DIGITS, anew=True),
     "consistency-on-digits": Run("flowmap", "consistency-student",
                                  f"{ON_DIGITS} --consistency-fraction 0.5", BOTH, anew=True),
-    "loop-teacher": Run("pretrain", "", "--steps 6000 --guidance 1 --data loop --frames 16"),
-    "causal-flowmap": Run("flowmap", "loop-teacher", "--causal"),
-    "causal-student": Run("distill", "causal-flowmap", "--causal --real-guidance 1"),
-    "causal-consistency": Run("flowmap", "loop-teacher", "--causal --consistency-fraction 0.5",
+    "loop-teacher": Run("pretrain", "teacher", "--steps 2000 --lr 1e-3 --guidance 1 --data loop "
+                        "--frames 16", anew=True),
+    "causal-flowmap": Run("flowmap", "loop-teacher", CAUSAL),
+    "causal-student": Run("distill", "causal-flowmap", f"--causal {DISTILL} --steps 200"),
+    "causal-consistency": Run("flowmap", "loop-teacher", f"{CAUSAL} --consistency-fraction 0.5",
                               BOTH),
     # Broken on purpose: what their logs and clips look like.
     "broken-fake-score": Run("distill", "flowmap", f"{HALF} --fake-lr 1e-6", seeds=1),

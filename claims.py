@@ -82,11 +82,12 @@ RUNS = {
     "consistency-on-digits": Run("flowmap", "consistency-student",
                                  f"{ON_DIGITS} --consistency-fraction 0.5", BOTH, anew=True),
     "loop-teacher": Run("pretrain", "teacher", "--steps 2000 --lr 1e-3 --guidance 1 --data loop "
-                        "--frames 16", anew=True),
-    "causal-flowmap": Run("flowmap", "loop-teacher", CAUSAL),
-    "causal-student": Run("distill", "causal-flowmap", f"--causal {DISTILL} --steps 200"),
+                        "--frames 16", steps="4,32", anew=True),
+    "causal-flowmap": Run("flowmap", "loop-teacher", CAUSAL, steps="1,4,32"),
+    "causal-student": Run("distill", "causal-flowmap", f"--causal {DISTILL} --steps 200",
+                          steps="1,4,32"),
     "causal-consistency": Run("flowmap", "loop-teacher", f"{CAUSAL} --consistency-fraction 0.5",
-                              BOTH),
+                              BOTH, "1,4,32"),
     # Broken on purpose: what their logs and clips look like.
     "broken-fake-score": Run("distill", "flowmap", f"{HALF} --fake-lr 1e-6", seeds=1),
     "broken-guidance": Run("distill", "flowmap", f"{HALF} --real-guidance 8", seeds=1),

@@ -1,13 +1,14 @@
-# make sample: clips, a sheet and a curve of the models that are shipped.   make demo: train the three stages on the toy
-# set, sample, evaluate.   make demo-causal: the same chunk by chunk, from the teacher that make demo trained.
+# make sample: clips, a sheet and a curve of the models that are shipped.   make demo: distill the teacher that is shipped,
+# sample, evaluate.   make demo-causal: the same chunk by chunk, after the teacher has learned longer clips.
 # make reproduce: every run that results/ lacks, which takes hours, and its tables.   make test: the whole test suite.
 # make lint: names, imports, lines.   make assets: what is shipped, anew.
 PYTHON ?= python3
 # Two threads wait for each other longer than a network this small computes.
 export OMP_NUM_THREADS ?= 1
-RUN ?= runs/toy-shapes
-LOOP ?= runs/toy-loop
+RUN ?= runs/demo
+LOOP ?= runs/demo-loop
 SHIPPED = assets/toy
+TEACHER ?= $(SHIPPED)/pretrain
 BIN = .venv/bin
 
 .PHONY: sample demo demo-causal reproduce assets test test-half test-rest lint
@@ -16,19 +17,18 @@ sample: .venv/ready
 	$(BIN)/python sample.py --run-dir $(SHIPPED) --prompts assets/prompts.txt --steps 4 --out runs/shipped/clips/clip.mp4 --sheet runs/shipped/clips/sheet.png
 	@echo "clips: runs/shipped/clips    figure: $(SHIPPED)/curve.png    page to play with: $(BIN)/python play.py"
 
+# Of the updates of the recipe, as many as a quarter of an hour has.
 demo: .venv/ready
-	$(BIN)/python train.py --stage pretrain --run-dir $(RUN)
-	$(BIN)/python train.py --stage flowmap --run-dir $(RUN)
-	$(BIN)/python train.py --stage distill --run-dir $(RUN)
+	$(BIN)/python train.py --stage flowmap --base $(TEACHER) --run-dir $(RUN) --steps 1400
+	$(BIN)/python train.py --stage distill --run-dir $(RUN) --steps 400
 	$(BIN)/python sample.py --run-dir $(RUN) --prompts assets/prompts.txt --steps 4 --out $(RUN)/clips/clip.mp4 --sheet $(RUN)/clips/sheet.png
-	$(BIN)/python eval.py --run-dir $(RUN)
-	@echo "clips: $(RUN)/clips    figure: $(RUN)/eval/curve.png    table: $(RUN)/eval/table.md"
+	$(BIN)/python eval.py --run-dir $(RUN) --models $(TEACHER),flowmap,distill,flowmap:consistency --steps 1,2,4,8,32 --count 240
+	@echo "clips: $(RUN)/clips    figure: $(RUN)/eval/curve.png    table: $(RUN)/eval/table.md    page to play with: $(BIN)/python play.py --run-dir $(RUN)"
 
 demo-causal: .venv/ready
-	$(BIN)/python train.py --stage pretrain --run-dir $(RUN)
-	$(BIN)/python train.py --stage pretrain --run-dir $(LOOP) --data loop --frames 16 --guidance 1.5 --base $(RUN)/pretrain --steps 1000 --lr 1e-3
-	$(BIN)/python train.py --causal --stage flowmap --run-dir $(LOOP)
-	$(BIN)/python train.py --causal --stage distill --run-dir $(LOOP)
+	$(BIN)/python train.py --stage pretrain --run-dir $(LOOP) --data loop --frames 16 --base $(TEACHER) --steps 1000 --lr 1e-3
+	$(BIN)/python train.py --causal --stage flowmap --run-dir $(LOOP) --steps 1000
+	$(BIN)/python train.py --causal --stage distill --run-dir $(LOOP) --steps 100
 	$(BIN)/python sample.py --causal --run-dir $(LOOP) --prompts assets/prompts.txt --steps 4 --out $(LOOP)/clips/clip.mp4 --sheet $(LOOP)/clips/sheet.png
 	$(BIN)/python eval.py --run-dir $(LOOP) --models causal-distill --steps 1,4,32 --count 240
 	@echo "clips: $(LOOP)/clips    figure: $(LOOP)/eval/curve.png    table: $(LOOP)/eval/table.md"
@@ -36,9 +36,10 @@ demo-causal: .venv/ready
 reproduce: .venv/ready
 	$(BIN)/python reproduce.py
 
-# From what make demo and make demo-causal trained.
+# From what make reproduce trained with seed 1.
+EVIDENCE = runs/reproduce/seed-1
 assets: .venv/ready
-	$(BIN)/python -c "import runs; runs.ship('$(RUN)', '$(LOOP)', '$(SHIPPED)')"
+	$(BIN)/python -c "import runs; runs.ship('$(EVIDENCE)/student', '$(EVIDENCE)/causal-student', '$(SHIPPED)')"
 	$(BIN)/python eval.py --run-dir $(SHIPPED) --out runs/shipped --count 240
 	cp runs/shipped/table.md runs/shipped/curve.png $(SHIPPED)
 	$(BIN)/python eval.py --run-dir $(SHIPPED) --models pretrain,distill --steps 1,2,4,8,32 --count 48 --out runs/shipped/side-by-side

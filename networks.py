@@ -142,8 +142,9 @@ def find_weights(c: Config) -> Weights:
         teacher = student if c.lora_rank else origins["teacher"]
         teacher_config = wan.load(teacher)[0]
         if teacher_config.second_time:
+            without = "" if c.stage == "distill" else ", or give --velocity data --balance 0"
             raise ValueError(f"stage {c.stage} needs stage pretrain, a teacher: {teacher} is a "
-                             f"flow map. First run: {runs.first_command(c, 'pretrain')}")
+                             f"flow map. First run: {runs.first_command(c, 'pretrain')}{without}")
         check_alike(config, student, teacher_config, teacher)
         if not c.lora_rank:
             scores = (wan.load(teacher, second_time=False, compressed=False)[1], teacher)

@@ -84,8 +84,9 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
     for place in map(Path, origins(c).values()):
         if place.parent == Path(c.run_dir) and not finished(place):
             name = place.name.removeprefix("causal-")
+            other = "; or give a teacher as --base" if c.stage == "flowmap" else ""
             raise ValueError(f"stage {c.stage} needs stage {name}, which is not finished in "
-                             f"{c.run_dir}. First run: {first_command(c, name)}")
+                             f"{c.run_dir}. First run: {first_command(c, name)}{other}")
         if place.parent == Path(c.run_dir):
             then = absolute(record_of(place).get("config", {}))
             for name in ("preset", "data", "frames", "size"):

@@ -176,6 +176,8 @@ CASES = [
     ("train", ["--stage", "distill", *RUN, "--base", "run"], "--base", "pretrain and flowmap"),
     ("train", [*TINY, "--base", "run/flowmap"], "--base run/flowmap is a flow map already",
      "--stage flowmap --base run/flowmap"),
+    ("train", [*TINY, "--base", "run/flowmap", "--stage", "flowmap", "--velocity", "teacher",
+               "--balance", "0.1"], "run/flowmap is a flow map", "or give --velocity data"),
     ("train", [*TINY, "--frames", "7"], "(7, 16, 16)", "divisible by the patch (2, 4, 4)"),
     ("train", [*TINY, "--size", "15"], "15", "divisible by the patch"),
     ("train", ["--causal"], "--causal", "leave it out of stage pretrain"),
@@ -196,7 +198,7 @@ CASES = [
     ("train", [*TINY, "--data", "shards-old"], "shards-old", AGAIN),
     # train: stages, weights, checkpoints
     ("train", ["--stage", "flowmap", *TINY], "pretrain, which is not finished in new",
-     "python train.py --stage pretrain"),
+     "python train.py --stage pretrain --run-dir new --preset tiny; or give a teacher as --base"),
     ("train", [*TINY, "--stage", "distill"], "distill needs stage pretrain", "--stage pretrain"),
     ("train", [*IN, "half", "--stage", "distill", "--causal"], "distill needs stage flowmap",
      "python train.py --causal --stage flowmap --run-dir half"),

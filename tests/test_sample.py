@@ -11,6 +11,8 @@ import eval as evaluation
 import flowmap
 import runs
 import sample
+import train
+import wan
 from cache import Context
 from config import record_of
 
@@ -157,6 +159,17 @@ def test_shipped_models_are_sampled_until_there_is_a_run(finished, tmp_path, mon
     (tmp_path / "runs" / "toy-shapes").symlink_to(finished)
     sample.main(clip)
     assert "yet" not in capsys.readouterr().out
+
+
+def test_the_shipped_teacher_is_distilled(finished, tmp_path):
+    """As make demo does: both stages find it, in a run that has no stage pretrain."""
+    runs.ship(finished, finished, tmp_path / "toy")
+    teacher, run = tmp_path / "toy" / "pretrain", ["--run-dir", str(tmp_path / "demo")]
+    train.main(["--stage", "flowmap", "--base", str(teacher), "--preset", "tiny", "--steps", "1",
+                "--velocity", "teacher", "--balance", "0.1", *run])
+    train.main(["--stage", "distill", "--steps", "1", *run])
+    checksums = record_of(tmp_path / "demo" / "distill")["built_on"]
+    assert checksums["teacher"] == wan.fingerprint(teacher)
 
 
 # --- eval.py

@@ -146,10 +146,18 @@ CLAIMS = [
      "ed('digits-student', 32) <= ed('digits-flowmap', 32)"),
     ("a, causal", "32 steps of the student are no worse than 4",
      "ed('causal-student', 32) <= ed('causal-student', 4) + sd('causal-student', 4)"),
-    ("c, causal", "flow-map training beats consistency training at 4 steps",
+    ("b, causal", "4 steps are within 1.15 of the teacher, who sees whole clips, at 32",
+     "ed('causal-student', 4) <= 1.15 * ed('loop-teacher', 32)"),
+    ("c, causal", "flow-map training beats consistency training at 4 steps, each with its sampler",
      "ed('causal-flowmap', 4) <= ed('causal-consistency:consistency', 4)"),
     ("c, causal", "and at 32",
      "ed('causal-flowmap', 32) <= ed('causal-consistency:consistency', 32)"),
+    ("d, causal", "on policy the flow map gains a quarter at 4 steps",
+     "ed('causal-student', 4) <= 0.75 * ed('causal-flowmap', 4)"),
+    ("d, causal", "and does not lose at 32",
+     "ed('causal-student', 32) <= ed('causal-flowmap', 32)"),
+    ("e", "on policy, clips of 4 steps drift less than the flow map's",
+     "drift('causal-student', 4) <= drift('causal-flowmap', 4)"),
     ("f", "Beta(2, 1.5) is no worse at 4 steps than a uniform time weight",
      "ed('flowmap', 4) <= ed('flowmap-uniform', 4) + sd('flowmap', 4)"),
     ("f", "than a normal one", "ed('flowmap', 4) <= ed('flowmap-normal', 4) + sd('flowmap', 4)"),
@@ -272,6 +280,10 @@ def spread(found: dict, model: str, steps: int, metric: str = "ed") -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def drift(chunks: list[float]) -> float:
+    return chunks[-1] / chunks[1]
+
+
 def judged(found: dict, rule: str) -> tuple[str, str]:
     """(verdict, both sides of each seed) of a rule 'left <= right'."""
     sides = []
@@ -280,6 +292,7 @@ def judged(found: dict, rule: str) -> tuple[str, str]:
             return value(found, seed, model, steps, metric)
         names = {"ed": ed, "acc": lambda model, steps: ed(model, steps, "acc"),
                  "sd": lambda model, steps: spread(found, model, steps),
+                 "drift": lambda model, steps: drift(ed(model, steps, "fd_chunks")),
                  "best": lambda model: min(ed(model, n) for n in (1, 2, 4, 8, 16, 32))}
         try:
             sides.append([eval(side, names) for side in rule.split("<=")])

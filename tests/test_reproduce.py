@@ -31,6 +31,8 @@ def test_a_rule_is_judged_seed_by_seed():
     found["student", 2]["rows"][1]["ed"] = 5.0
     assert claims.judged(found, plain)[0] == "inconclusive at 3 seeds (1 of 3)"
     assert claims.judged(found, "acc('student', 4) <= 0")[0] == "holds (3 of 3 seeds)"
+    found["student", 0]["rows"][0]["fd_chunks"] = [9.0, 2.0, 8.0, 3.0]
+    assert claims.judged(found, "drift('student', 4) <= 1")[1] == "1.500 : 1.000"
     del found["student", 0]
     assert claims.judged(found, plain + spread)[0] == "inconclusive at 2 seeds (2 of 2)"
     assert claims.judged(found, "ed('student', 32) <= ed('teacher', 50)") == ("not run", "")

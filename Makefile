@@ -22,7 +22,7 @@ demo: .venv/ready
 	$(BIN)/python train.py --stage flowmap --base $(TEACHER) --run-dir $(RUN) --steps 1400
 	$(BIN)/python train.py --stage distill --run-dir $(RUN) --steps 400
 	$(BIN)/python sample.py --run-dir $(RUN) --prompts assets/prompts.txt --steps 4 --out $(RUN)/clips/clip.mp4 --sheet $(RUN)/clips/sheet.png
-	$(BIN)/python eval.py --run-dir $(RUN) --models $(TEACHER),flowmap,distill,flowmap:consistency --steps 1,2,4,8,32 --count 240
+	$(BIN)/python eval.py --run-dir $(RUN) --steps 1,2,4,8,32 --count 240
 	@echo "clips: $(RUN)/clips    figure: $(RUN)/eval/curve.png    table: $(RUN)/eval/table.md    page to play with: $(BIN)/python play.py --run-dir $(RUN)"
 
 demo-causal: .venv/ready

@@ -64,6 +64,7 @@ from tqdm import tqdm
 import data
 import distributed
 import flowmap
+import runs
 from pipeline import Pipeline, generate, load_pipeline
 from sample import SHIPPED, default_run, newest_stage, to_pixels, write_frames, write_picture
 
@@ -235,18 +236,22 @@ class EvaluationSet:
 
 def parse_models(run: Path, text: str | None) -> list[tuple[str, Path, str]]:
     """'distill,flowmap:consistency,some/folder' -> [(label, stage folder, sampler)]."""
-    folders = ("pretrain", "flowmap", "distill", "causal-flowmap", "causal-distill")
-    finished = [name for name in folders if (run / name / "model.safetensors").exists()]
+    folders = {name: run / name for name in ("pretrain", "flowmap", "distill", "causal-flowmap",
+                                             "causal-distill")}
+    folders["pretrain"] = runs.teacher_of(run)
+    finished = [name for name, folder in folders.items() if runs.finished(folder)]
     if text is None:
         newest_stage(run)                                        # or the error that there is none
         # What is shipped holds a causal student of another set.
-        alike = [name for name in finished if clips_of(run / name) == clips_of(run / finished[0])]
+        clips = {name: clips_of(folders[name]) for name in finished}
+        alike = [name for name in finished if clips[name] == clips[finished[0]]]
         text = ",".join(alike) + (",flowmap:consistency" if "flowmap" in alike else "")
     models = []
     for word in text.split(","):
         name, _, sampler = word.partition(":")
-        folder = run / name if (run / name).exists() else Path(name)
-        if not (folder / "model.safetensors").exists():
+        folder = folders.get(name, run / name)
+        folder = folder if folder.exists() else Path(name)
+        if not runs.finished(folder):
             raise ValueError(f"--models {word}: no finished stage in {folder}; finished in {run}: "
                              + (", ".join(finished) or "none"))
         if (sampler or "euler") not in SAMPLERS:

@@ -64,6 +64,21 @@ def finished(stage) -> bool:
     return (Path(stage) / "model.safetensors").exists()
 
 
+def teacher_of(run) -> Path:
+    """Stage pretrain of a run, or the teacher of the same clips that its flow map started from in
+    place of it."""
+    own = Path(run) / "pretrain"
+    for stage in ("flowmap", "causal-flowmap"):
+        now = record_of(Path(run) / stage).get("config", {})
+        base = now.get("base")
+        if base and finished(base) and not finished(own):
+            then = record_of(base).get("config", {})
+            alike = [then.get(name) == now[name] for name in ("data", "frames", "size")]
+            if then.get("stage") == "pretrain" and all(alike):
+                return Path(base)
+    return own
+
+
 def first_command(c: Config, stage: str) -> str:
     """The command that begins a stage of the run."""
     flags = {"preset": c.preset, "data": c.data}

@@ -1,4 +1,5 @@
 """sample.py and eval.py on a finished run: whole clips, and chunk by chunk."""
+import argparse
 import itertools
 import json
 
@@ -9,6 +10,7 @@ import torch
 import distributed
 import eval as evaluation
 import flowmap
+import play
 import runs
 import sample
 import train
@@ -170,6 +172,16 @@ def test_the_shipped_teacher_is_distilled(finished, tmp_path):
     train.main(["--stage", "distill", "--steps", "1", *run])
     checksums = record_of(tmp_path / "demo" / "distill")["built_on"]
     assert checksums["teacher"] == wan.fingerprint(teacher)
+    found = {word: place for word, place, _ in evaluation.parse_models(tmp_path / "demo", None)}
+    assert list(found) == ["pretrain", "flowmap", "distill", "flowmap:consistency"]
+    assert found["pretrain"] == runs.teacher_of(tmp_path / "demo") == teacher
+    assert runs.teacher_of(finished) == finished / "pretrain"
+    args = argparse.Namespace(run_dir=tmp_path / "demo", ckpt=None, base=None, frames=81,
+                              height=480, width=832)
+    assert play.Player(args, "cpu").models["teacher"][0] == teacher
+    record = tmp_path / "demo" / "flowmap" / "config.json"
+    record.write_text(record.read_text().replace('"frames": 8', '"frames": 10'))
+    assert runs.teacher_of(tmp_path / "demo") != teacher         # of other clips
 
 
 # --- eval.py

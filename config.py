@@ -234,14 +234,17 @@ def command(stage: str, causal: bool, run_dir) -> str:
 
 
 def default_text(field) -> str:
-    toy = RECIPES["toy"]
-    causal = CAUSAL_RECIPES["toy"]
-    values = [f"{stage} {toy[stage].get(field.name, field.default)}" for stage in STAGES]
-    if not any(field.name in toy[stage] for stage in STAGES):
-        values = [str(field.default)]
-    values += [f"causal {stage} {causal[stage][field.name]}" for stage in causal
-               if field.name in causal[stage]]
-    return "default " + ", ".join(values)
+    """The toy recipe's values by stage; of what is handed on, that of the stage which has it first.
+    """
+    name = field.name
+    stages = ("pretrain",) if name in OF_THE_RUN else STAGES
+    stages = ("flowmap",) if name in OF_THE_FLOW_MAP else stages
+    found = {stage: recipe("toy", stage, False).get(name, field.default) for stage in stages}
+    found |= {f"causal {stage}": settings[name]
+              for stage, settings in CAUSAL_RECIPES["toy"].items() if name in settings}
+    if len(set(found.values())) == 1:
+        return f"default {found[stages[0]]}"
+    return "default " + ", ".join(f"{stage} {value}" for stage, value in found.items())
 
 
 def parse_config(argv=None) -> Config:

@@ -36,7 +36,8 @@ demo-causal: .venv/ready
 reproduce: .venv/ready
 	$(BIN)/python reproduce.py
 
-# From what make reproduce trained with seed 1.
+# From what make reproduce trained with seed 1, if it is still there; of a clone, whose records are there already, take
+# away results/student.1.json and causal-student.1.json first.
 EVIDENCE = runs/reproduce/seed-1
 assets: .venv/ready
 	$(BIN)/python -c "import runs; runs.ship('$(EVIDENCE)/student', '$(EVIDENCE)/causal-student', '$(SHIPPED)')"

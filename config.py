@@ -120,7 +120,8 @@ class Config:
     budgets: str = flag("2,4,8,16,50", "step counts N of a rollout; one is drawn an update")
     real_guidance: float = flag(2.0, "guidance scale of the teacher in DMD: 4 for the paper's "
                                 "'cond + 3 (cond - uncond)'. With the scale that is fused into the "
-                                "flow map, small and large steps aim at the same clips")
+                                "flow map, small and large steps aim at the same clips (default "
+                                "that one; 4 for Wan)")
     cotrain: float = flag(1.0, "factor of the forward flow-map loss in distill; it keeps the "
                           "any-step map alive")
     fake_lr: float = flag(1e-3, "peak learning rate of the fake score")
@@ -190,7 +191,7 @@ RECIPES = {
         "flowmap": dict(TOY, steps=2200, lr=3e-4, lr_end=0.05, velocity="teacher", balance=0.1,
                         tangent_warmup=500, flow_times="either"),
         "distill": dict(TOY, steps=990, lr=3e-4, lr_end=0.1, beta1=0.0, beta2=0.999, warmup=10,
-                        ema_start=50, budgets="1,1,2,4,8,16,50", cotrain=4.0, real_guidance=1.0),
+                        ema_start=50, budgets="1,1,2,4,8,16,50", cotrain=4.0),
     },
     "tiny": {  # seconds a stage: for tests and smoke runs
         "pretrain": dict(steps=20, batch_size=8, warmup=5, ema_start=5, save_every=10),
@@ -204,7 +205,7 @@ CAUSAL_RECIPES = {
     "wan-1.3b": WAN_CAUSAL,
     "wan-5b": WAN_CAUSAL,
     "wan-14b": WAN_CAUSAL,
-    "toy": {
+    "toy": {  # no teacher knows parts of a clip; the rate is that of before, without a warm-up
         "flowmap": dict(steps=1500, lr=1e-3, velocity="data", balance=0.0, tangent_warmup=0),
         "distill": dict(steps=200),
     },
@@ -215,6 +216,14 @@ CAUSAL_RECIPES = {
 def recipe(preset: str, stage: str, causal: bool) -> dict:
     """What a stage of a preset is trained with, where it differs from the defaults."""
     return RECIPES[preset][stage] | (CAUSAL_RECIPES[preset].get(stage, {}) if causal else {})
+
+
+def with_recipe(stage: str, preset: str, causal: bool, given: dict) -> dict:
+    """What differs from the defaults: the recipe, and over it what is given. DMD's teacher has the
+    guidance that is fused into the flow map, unless one of them says otherwise."""
+    found = recipe(preset, stage, causal) | given
+    fused = {"real_guidance": found.get("guidance", Config.guidance)}
+    return (fused if stage == "distill" else {}) | found
 
 
 def stage_before(stage: str) -> str:
@@ -258,7 +267,7 @@ def parse_config(argv=None) -> Config:
     values = taken_over(Path(given["run_dir"]), stage, causal, given.get("fresh", False)) | given
     if "lora_rank" in given and "lora_alpha" not in given:
         values.pop("lora_alpha", None)               # it goes with the rank
-    c = Config(**recipe(values.get("preset", Config.preset), stage, causal) | values)
+    c = Config(**with_recipe(stage, values.get("preset", Config.preset), causal, values))
     c.base = "" if c.base == "none" else c.base
     c.data = os.path.normpath(c.data) if c.data.strip() else c.data      # clips/ is clips
     check(c, given, parser)
@@ -382,7 +391,7 @@ def check_base(c: Config, given: dict, parser) -> None:
     if not (Path(c.base) / "model.safetensors").exists() or own.exists() and not c.fresh:
         return
     then = record_of(c.base).get("config", {})
-    for name in ("preset", "frames", "size"):
+    for name in ("preset", "frames", "size", "shift", "guidance"):
         if name not in given and then.get(name, getattr(c, name)) != getattr(c, name):
             parser.error(f"--base {c.base} was trained with --{name} {then[name]}, but --{name} is "
                          f"{getattr(c, name)} where it is left out: say --{name} {then[name]}, or "

@@ -236,9 +236,8 @@ class EvaluationSet:
 
 def parse_models(run: Path, text: str | None) -> list[tuple[str, Path, str]]:
     """'distill,flowmap:consistency,some/folder' -> [(label, stage folder, sampler)]."""
-    folders = {name: run / name for name in ("pretrain", "flowmap", "distill", "causal-flowmap",
-                                             "causal-distill")}
-    folders["pretrain"] = runs.teacher_of(run)
+    others = ("flowmap", "distill", "causal-flowmap", "causal-distill")
+    folders = {"pretrain": runs.teacher_of(run), **{name: run / name for name in others}}
     finished = [name for name, folder in folders.items() if runs.finished(folder)]
     if text is None:
         newest_stage(run)                                        # or the error that there is none

@@ -142,13 +142,17 @@ def find_weights(c: Config) -> Weights:
         teacher = student if c.lora_rank else origins["teacher"]
         teacher_config = wan.load(teacher)[0]
         if teacher_config.second_time:
-            without = "" if c.stage == "distill" else ", or give --velocity data --balance 0"
+            without = "; or go on without one: --velocity data --balance 0 --tangent-warmup 0"
+            without = "" if c.stage == "distill" else without
             raise ValueError(f"stage {c.stage} needs stage pretrain, a teacher: {teacher} is a "
                              f"flow map. First run: {runs.first_command(c, 'pretrain')}{without}")
         check_alike(config, student, teacher_config, teacher)
         if not c.lora_rank:
             scores = (wan.load(teacher, second_time=False, compressed=False)[1], teacher)
     has_second = config.second_time
+    if has_second and c.stage == "flowmap" and c.tangent_warmup:
+        raise ValueError(f"--tangent-warmup {c.tangent_warmup}: {student} is a flow map already, "
+                         "which that would undo: give --tangent-warmup 0")
     if has_second and c.time_embedding == "added" and not config.added:
         raise ValueError(f"--time-embedding added: {student} has an interpolated one; start "
                          "from a teacher")

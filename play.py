@@ -84,8 +84,8 @@ class Player:
         models = {}
         for form, causal in (("", False), (", chunk by chunk", True)):
             for name, stage, sampler in MODELS[causal:]:         # the teacher has one form
-                folder = self.source / folder_of(stage, causal)
-                folder = runs.teacher_of(self.source) if stage == "pretrain" else folder
+                own = self.source / folder_of(stage, causal)
+                folder = runs.teacher_of(self.source) if stage == "pretrain" else own
                 if runs.finished(folder):
                     models[name + form] = (folder, sampler, causal)
         return models

@@ -189,7 +189,8 @@ def tables() -> None:
             print("no figures: they need matplotlib (pip install matplotlib)")
     lines += ["## Claims", "", "A rule is evaluated as it stands, seed by seed. A claim holds if "
               "it is true, and does not hold if it is false, in each of at least three seeds; "
-              "anything else is inconclusive.", "",
+              "anything else is inconclusive. `sd`: standard deviation of ed over seeds; `best`: "
+              "the least ed; `drift`: Frechet distance of the last chunk over the second's.", "",
               "| | claim | rule | left : right, by seed | |", "|---|---|---|---|---|"]
     for letter, text, rule in claims.CLAIMS:
         verdict, sides = claims.judged(found, rule)

@@ -68,12 +68,14 @@ def teacher_of(run) -> Path:
     """Stage pretrain of a run, or the teacher of the same clips that its flow map started from in
     place of it."""
     own = Path(run) / "pretrain"
+    if finished(own):
+        return own
     for stage in ("flowmap", "causal-flowmap"):
         now = record_of(Path(run) / stage).get("config", {})
         base = now.get("base")
-        if base and finished(base) and not finished(own):
+        if base and finished(base):
             then = record_of(base).get("config", {})
-            alike = [then.get(name) == now[name] for name in ("data", "frames", "size")]
+            alike = [then.get(name) == now.get(name) for name in ("data", "frames", "size")]
             if then.get("stage") == "pretrain" and all(alike):
                 return Path(base)
     return own
@@ -109,6 +111,9 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
                     raise ValueError(f"stage {c.stage} starts from {place}, which was trained with "
                                      f"--{name} {then[name]}, not {now[name]}: leave --{name} out, "
                                      f"or give another --run-dir")
+        if not place.exists():
+            raise ValueError(f"stage {c.stage} needs {place}, which is not there any more: put it "
+                             "there again, or train the run anew")
     per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
     if c.batch_size % per_step:
         raise ValueError(f"--batch-size {c.batch_size} is not a multiple of {per_step}: "
@@ -333,8 +338,8 @@ def step_of(row: str) -> float:
 
 
 def ship(run, causal_run, to) -> None:
-    """Copies of the models of two runs, to be sampled and not trained further: weights in bf16,
-    codec and record. Without the causal flow map, whose student does what it does."""
+    """Copies of the models of two runs, to be sampled or started from: weights in bf16, codec and
+    record. Without the causal flow map, whose student does what it does."""
     whole = [Path(run) / stage for stage in STAGES]
     for source in (*whole, Path(causal_run) / "causal-distill"):
         target = Path(to) / source.name

@@ -131,7 +131,7 @@ from pipeline import (
     stream,
 )
 
-SHIPPED = Path(__file__).parent / "assets" / "toy"          # a run without what training needs
+SHIPPED = Path(__file__).parent / "assets" / "toy"          # a run without checkpoints
 
 
 def to_pixels(video: torch.Tensor, height: int = 128) -> np.ndarray:

@@ -107,13 +107,16 @@ def update_of(c: Config, config: ModelConfig, shape, world, built=None):
     return lambda: train.update(case.c, nets, parts, iter([batch]), 1, world, log)
 
 
+# The paper's loss in every recipe, as far as arithmetic goes.
+PAPERS = {"velocity": "data", "balance": 0.0, "guidance": 3.0, "real_guidance": 4.0}
+
+
 def costs(config: ModelConfig, shape, preset: str, repeats: int, world):
     """Yields (what, ratio of seconds): of flowmap, with the paper's loss, to flow matching in the
     same contexts, of both forms, without and with checkpointing; of distill to itself with a
     flow-map rollout of 2 steps, by rollout and steps."""
     def settings(stage, causal, **more):
-        fixed = {"stage": stage, "causal": causal, "batch_size": 16, "guidance": 2.0,
-                 "velocity": "data", "balance": 0.0}
+        fixed = {"stage": stage, "causal": causal, "batch_size": 16, **PAPERS}
         return Config(**recipe(preset, stage, causal) | fixed | more)
     plain = {"guidance": 1.0, "flow_fraction": 1.0, "consistency_fraction": 0.0}
     for causal in (False, True):

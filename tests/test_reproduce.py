@@ -183,7 +183,7 @@ def test_runs_are_made_recorded_and_made_again_with_the_same_bits(tmp_path, monk
 
 
 def test_a_run_with_other_clips_has_a_base_and_is_stale_with_it(tmp_path, monkeypatch):
-    more = "--preset tiny --data digits --steps 1"
+    more = "--preset tiny --data digits --guidance 1 --steps 1"
     runs = {"teacher": Run("pretrain", "", TINY, steps="1"),
             "flowmap": Run("flowmap", "teacher", "--steps 1", steps="1"),
             "other": Run("flowmap", "flowmap", more, steps="1", anew=True)}

@@ -175,13 +175,23 @@ def test_the_shipped_teacher_is_distilled(finished, tmp_path):
     found = {word: place for word, place, _ in evaluation.parse_models(tmp_path / "demo", None)}
     assert list(found) == ["pretrain", "flowmap", "distill", "flowmap:consistency"]
     assert found["pretrain"] == runs.teacher_of(tmp_path / "demo") == teacher
-    assert runs.teacher_of(finished) == finished / "pretrain"
     args = argparse.Namespace(run_dir=tmp_path / "demo", ckpt=None, base=None, frames=81,
                               height=480, width=832)
     assert play.Player(args, "cpu").models["teacher"][0] == teacher
     record = tmp_path / "demo" / "flowmap" / "config.json"
-    record.write_text(record.read_text().replace('"frames": 8', '"frames": 10'))
-    assert runs.teacher_of(tmp_path / "demo") != teacher         # of other clips
+    text = record.read_text()
+    own = tmp_path / "demo" / "pretrain"
+    for old, new in (('"frames": 8', '"frames": 10'), (str(teacher), str(finished / "flowmap")),
+                     (str(teacher), str(tmp_path / "gone"))):
+        record.write_text(text.replace(old, new))
+        assert record.read_text() != text and runs.teacher_of(tmp_path / "demo") == own
+    record.write_text(text)
+    own.symlink_to(finished / "pretrain")            # a teacher of its own comes first
+    assert runs.teacher_of(tmp_path / "demo") == own
+    own.unlink()
+    record.write_text(text.replace(str(teacher), str(tmp_path / "gone")))
+    with pytest.raises(ValueError, match="distill needs .*gone, which is not there any more"):
+        train.main(["--stage", "distill", "--fresh", *run])
 
 
 # --- eval.py

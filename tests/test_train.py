@@ -411,7 +411,7 @@ def test_the_next_stage_takes_these_over_and_no_others(tmp_path, stage, form):
     found = parse_config([*flags, str(tmp_path / "run")])
     plain = parse_config([*flags, str(tmp_path / "other"), "--preset", before.preset])
     of_the_map = config.OF_THE_FLOW_MAP if stage == "flowmap" else ()
-    for name in values.keys() - {"run_dir"}:
+    for name in values.keys() - {"run_dir", "real_guidance"}:
         taken = name in config.OF_THE_RUN or name in of_the_map
         assert getattr(found, name) == getattr(before if taken else plain, name), name
 
@@ -426,6 +426,25 @@ def test_distill_co_trains_with_the_forward_loss_of_flowmap(tmp_path, form):
     found = (c.guidance, c.time_weight, c.derivative, c.consistency_fraction, c.flow_times)
     assert found == (3.0, "uniform", "jvp", 0.5, "either")
     assert parse_config([*run, "--stage", "distill", "--guidance", "4"]).guidance == 4.0
+
+
+def test_dmd_has_the_guidance_of_the_flow_map_unless_told(tmp_path):
+    run, wan = ["--run-dir", str(tmp_path)], ["--preset", "wan-1.3b"]
+    assert parse_config(["--stage", "distill"]).real_guidance == 1.0
+    assert parse_config(["--stage", "distill", *wan]).real_guidance == 4.0
+    begun(tmp_path, parse_config([*run, "--stage", "flowmap", "--guidance", "3"]))
+    assert parse_config([*run, "--stage", "distill"]).real_guidance == 3.0
+    told = parse_config([*run, "--stage", "distill", "--real-guidance", "2"])
+    assert (told.guidance, told.real_guidance) == (3.0, 2.0)
+    begun(tmp_path, told)
+    assert parse_config([*run, "--stage", "distill"]).real_guidance == 2.0
+
+
+def test_help_names_the_default_where_it_comes_from():
+    text = {field.name: config.default_text(field) for field in fields(Config)}
+    assert text["velocity"] == "default flowmap teacher, causal flowmap data"
+    assert text["guidance"] == "default 1.0"
+    assert text["steps"].startswith("default pretrain 12000, flowmap 2200, distill 990, causal")
 
 
 def test_later_stages_inherit_the_data(tmp_path):

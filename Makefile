@@ -17,7 +17,7 @@ sample: .venv/ready
 	$(BIN)/python sample.py --run-dir $(SHIPPED) --prompts assets/prompts.txt --steps 4 --out runs/shipped/clips/clip.mp4 --sheet runs/shipped/clips/sheet.png
 	@echo "clips: runs/shipped/clips    figure: $(SHIPPED)/curve.png    page to play with: $(BIN)/python play.py"
 
-# Of the updates of the recipe, as many as a quarter of an hour has.
+# Fewer updates than the recipe's, to fit a quarter of an hour.
 demo: .venv/ready
 	$(BIN)/python train.py --stage flowmap --base $(TEACHER) --run-dir $(RUN) --steps 1400
 	$(BIN)/python train.py --stage distill --run-dir $(RUN) --steps 400
@@ -37,7 +37,7 @@ reproduce: .venv/ready
 	$(BIN)/python reproduce.py
 
 # From what make reproduce trained with seed 1, if it is still there; of a clone, whose records are there already, take
-# away results/student.1.json and causal-student.1.json first.
+# away results/student.1.json and causal-student.1.json, then: python reproduce.py --runs student causal-student --seeds 2
 EVIDENCE = runs/reproduce/seed-1
 assets: .venv/ready
 	$(BIN)/python -c "import runs; runs.ship('$(EVIDENCE)/student', '$(EVIDENCE)/causal-student', '$(SHIPPED)')"

@@ -26,7 +26,7 @@ SIZES = {"frames": 81, "height": 480, "width": 832}      # of clips of weights w
 
 def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
     """The flags, and the parser, for errors that only the work shows."""
-    parser = cli.Parser("A page to play with.", "python play.py --run-dir runs/toy-loop")
+    parser = cli.Parser("A page to play with.", "python play.py --run-dir runs/demo-loop")
     add = parser.add_argument
     add("--run-dir", type=Path, help="the run (default runs/toy-shapes, or what is shipped)")
     add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: all of the run)")

@@ -174,13 +174,39 @@ def test_what_a_gpu_is_asked_runs_here():
     assert pretrain["tflop"] > 0 and stream["frames a second"] > 0
 
 
-def test_costs_and_peers_are_ratios():
-    shape = (2, 48, 4, 4)
-    found = dict(speed.costs(SMALLEST, shape, "tiny", 1, WORLD))
-    assert len(found) == 22 and all(0.3 < ratio < (40 if "consistency" in what else 10)
-                                    for what, ratio in found.items())
-    long = "distill, bidirectional, {} rollout of 50 steps / flow-map rollout of 2"
-    assert found[long.format("consistency")] > 1.5 * found[long.format("flow-map")]
+def test_costs_are_those_of_the_papers_loss_by_rollout_and_steps(monkeypatch):
+    """In calls of a network in place of seconds, which a busy machine spreads."""
+    run, count = FlowMapDiT.run, []
+
+    def counted_run(*args, **kwargs):
+        count.append(1)
+        return run(*args, **kwargs)
+
+    def calls_of(calls, repeats, device):
+        found = {}
+        for name, call in calls.items():
+            count.clear()
+            call()
+            found[name] = len(count)
+        return found
+    monkeypatch.setattr(FlowMapDiT, "run", counted_run)
+    monkeypatch.setattr(speed, "medians", calls_of)
+    # At 2 steps a rollout has two calls, like DMD's teacher; the fake score has two as well, the
+    # forward loss four: u_c, u_0, and the derivative's.
+    distill = {("flow-map", n): 11 / 10 for n in (4, 8, 16, 50)} | {
+        ("consistency", n): (8 + n) / 10 for n in (2, 4, 8, 16, 50)}
+    for preset in ("tiny", "toy"):                   # whose recipe has another loss
+        found = dict(speed.costs(SMALLEST, (2, 48, 4, 4), preset, 1, WORLD))
+        assert len(found) == 22
+        whole = {what: ratio for what, ratio in found.items() if "bidirectional" in what}
+        assert list(whole.values()) == [4, 4, *distill.values()]
+        assert all(f"{rollout} rollout of {n} steps" in what
+                   for (rollout, n), what in zip(distill, list(whole)[2:], strict=True))
+        part = list(found.values())[11:]
+        assert part[:2] == [3, 3] and len(set(part[2:6])) == 1 < part[2] < part[-1]
+
+
+def test_peers_are_ratios():
     pytest.importorskip("diffusers", minversion="0.42")
     what, ratio = next(speed.peers(SMALLEST, (4, 4), (2,), 1))
     assert what.startswith("forward") and 0.3 < ratio < 10

@@ -47,7 +47,7 @@ assets: .venv/ready
 	cp runs/shipped/side-by-side/compare.gif docs/compare.gif
 
 # Two halves of about the same length, as most machines have two cores; tests use one each.
-HALF = tests/test_scale.py tests/test_accidents.py tests/test_fuzz.py tests/test_play.py tests/test_bad_input.py
+HALF = tests/test_scale.py tests/test_accidents.py tests/test_fuzz.py tests/test_play.py tests/test_bad_input.py tests/test_reproduce.py
 
 test: .venv/ready
 	$(MAKE) --no-print-directory -j 2 test-half test-rest

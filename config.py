@@ -243,8 +243,7 @@ def command(stage: str, causal: bool, run_dir) -> str:
 
 
 def default_text(field) -> str:
-    """The toy recipe's values by stage; of what is handed on, that of the stage which has it first.
-    """
+    """The toy recipe's values by stage; of what is handed on, that of its first stage."""
     name = field.name
     stages = ("pretrain",) if name in OF_THE_RUN else STAGES
     stages = ("flowmap",) if name in OF_THE_FLOW_MAP else stages

@@ -177,8 +177,7 @@ WAN_CAUSAL = {
     "distill": dict(chunks="1,3,3,3,3,3,3,2"),
 }
 
-# The toy set is learned at guidance 1, where data, teacher and DMD aim at the same distribution,
-# and its flow map from the teacher's velocity.
+# The toy set is learned at guidance 1, where data, teacher and DMD aim at the same distribution.
 TOY = dict(batch_size=16, guidance=1.0)
 
 # What differs from the defaults, by preset and stage. LOG.md says why where it was measured.
@@ -188,8 +187,8 @@ RECIPES = {
     "wan-14b": WAN_14B,
     "toy": {
         "pretrain": dict(TOY, steps=12000, lr=2e-3, lr_end=0.05, ema_start=200),
-        "flowmap": dict(TOY, steps=2200, lr=3e-4, lr_end=0.05, velocity="teacher", balance=0.1,
-                        tangent_warmup=500, flow_times="either"),
+        "flowmap": dict(TOY, steps=2200, lr=3e-4, lr_end=0.05, tangent_warmup=500,
+                        flow_times="either"),
         "distill": dict(TOY, steps=990, lr=3e-4, lr_end=0.1, beta1=0.0, beta2=0.999, warmup=10,
                         ema_start=50, budgets="1,1,2,4,8,16,50", cotrain=4.0),
     },
@@ -205,8 +204,8 @@ CAUSAL_RECIPES = {
     "wan-1.3b": WAN_CAUSAL,
     "wan-5b": WAN_CAUSAL,
     "wan-14b": WAN_CAUSAL,
-    "toy": {  # no teacher knows parts of a clip; the rate is that of before, without a warm-up
-        "flowmap": dict(steps=1500, lr=1e-3, velocity="data", balance=0.0, tangent_warmup=0),
+    "toy": {
+        "flowmap": dict(steps=1500, lr=1e-3, tangent_warmup=0),
         "distill": dict(steps=200),
     },
     "tiny": {},

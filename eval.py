@@ -278,6 +278,7 @@ def main(argv=None) -> None:
                              "latents are no clips to compare with: measure it with VBench")
         device = distributed.start(args.device).device
         pipelines = {folder: load_pipeline(folder, device) for _, folder, _ in models}
+        teacher = teacher_pipeline(pipelines, device)
         if args.length > 1 and any(len(p.chunks) == 1 for p in pipelines.values()):
             raise ValueError(f"--length {args.length} is for causal models only")
         chunks = {p.chunks: folder for folder, p in pipelines.items() if len(p.chunks) > 1}
@@ -291,7 +292,7 @@ def main(argv=None) -> None:
     lengths = [causal[0].codec.frames(chunk) for chunk in causal[0].chunks] if causal else []
     evaluation = EvaluationSet(dataset, args.count, lengths)
     summary = evaluation.summary(config)
-    rows, pictures = measure(evaluation, models, pipelines, args)
+    rows, pictures = measure(evaluation, models, pipelines, teacher, args)
     table = to_table(rows, summary)
     print("\n" + table + "\n")
     out.mkdir(parents=True, exist_ok=True)
@@ -322,6 +323,17 @@ def check_clips(stages: list[Path]) -> None:
                                  f"{stage} with {value}; measure them one after the other")
 
 
+def teacher_pipeline(pipelines: dict[Path, Pipeline], device) -> Pipeline | None:
+    """The first teacher among them, or that of the run of the first, if it knows the same clips."""
+    for pipeline in pipelines.values():
+        if not pipeline.network.config.second_time:
+            return pipeline
+    first = next(iter(pipelines))
+    teacher = runs.teacher_of(first.parent)
+    alike = runs.finished(teacher) and clips_of(teacher) == clips_of(first)
+    return load_pipeline(teacher, device) if alike else None
+
+
 def guidance_of(pipeline: Pipeline, args) -> float:
     """1 for flow maps, which have it built in."""
     if pipeline.network.config.second_time:
@@ -332,23 +344,23 @@ def guidance_of(pipeline: Pipeline, args) -> float:
 def sample(pipeline: Pipeline, sampler: str, steps: int, first_seed: int, captions, args):
     seeds = list(range(first_seed, first_seed + len(captions)))
     grid = flowmap.time_grid(steps, pipeline.config["shift"])
-    chunks = pipeline.chunks * args.length if args.length > 1 else None
+    chunks = pipeline.chunks * args.length if len(pipeline.chunks) > 1 else None
     return generate(pipeline, captions, seeds, grid, sampler, guidance_of(pipeline, args),
                     chunks=chunks)
 
 
-def measure(evaluation: EvaluationSet, models, pipelines, args) -> tuple[list[dict], dict]:
+def measure(evaluation: EvaluationSet, models, pipelines, teacher: Pipeline | None,
+            args) -> tuple[list[dict], dict]:
     """Rows of the table, and some clips (N, T, 3, H, W) of each model at each step count."""
     dataset, captions, rows, pictures = evaluation.dataset, evaluation.captions, [], {}
-    teachers = [p for p in pipelines.values() if not p.network.config.second_time]
     jobs = [(label, pipelines[folder], sampler, steps) for label, folder, sampler in models
             for steps in args.steps]
-    total = sum(steps for _, _, _, steps in jobs) + (TEACHER_STEPS if teachers else 0)
+    total = sum(steps for _, _, _, steps in jobs) + (TEACHER_STEPS if teacher else 0)
     bar = tqdm(total=total, desc="eval    ", unit="step", mininterval=1.0, dynamic_ncols=True)
-    if teachers:
+    if teacher:
         seed = HELD_OUT + len(captions)
-        clips = sample(teachers[0], "euler", TEACHER_STEPS, seed, captions, args)
-        evaluation.teacher = evaluation.features(clips[:, :dataset.frames])
+        clips = sample(teacher, "euler", TEACHER_STEPS, seed, captions, args)
+        evaluation.teacher = evaluation.features(clips)
         bar.update(TEACHER_STEPS)
     for label, pipeline, sampler, steps in jobs:
         clips = sample(pipeline, sampler, steps, HELD_OUT, captions, args)

@@ -173,7 +173,8 @@ def tables() -> None:
     hours = sum(record["seconds"] for record in found.values()) / 3600
     lines += [f"{len(found)} runs, {hours:.1f} hours of training, each on one core or GPU of: "
               f"{'; '.join(sorted(machines))}. {claims.COUNT} clips at each step count. Mean ± "
-              "standard deviation over seeds. `:consistency` is the consistency sampler.", ""]
+              "standard deviation over seeds. ed is to real clips, ed_teach to the teacher's at 50 "
+              "steps. `:consistency` is the consistency sampler.", ""]
     real = {record["settings"][-2]["data"]: record["real"] for record in found.values()}
     lines += [f"Other real clips of `{data}`: ed {r['real_ed']:.3f} ± {r['real_ed_std']:.3f}, acc "
               f"{r['real_accuracy']['all']:.3f}, psnr {r['real_psnr']:.1f}.\n"
@@ -196,7 +197,8 @@ def tables() -> None:
         verdict, sides = claims.judged(found, rule)
         lines.append(f"| {letter} | {text} | `{rule}` | {sides} | {verdict} |")
     for title, names in claims.TABLES.items():
-        parts = [claims.table(found, names, *kind) for kind in (("ed", 3), ("acc", 3), ("psnr", 1))]
+        parts = [claims.table(found, names, *kind)
+                 for kind in (("ed", 3), ("ed_teach", 3), ("acc", 3), ("psnr", 1))]
         if any(parts):
             lines += ["", f"## {title}", ""]
             lines += [line for part in parts for line in (*part, "")]

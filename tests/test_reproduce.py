@@ -68,7 +68,7 @@ def test_a_record_of_other_settings_is_stale(tmp_path, monkeypatch):
     assert reproduce.missing(["flowmap"], 0) == []
     assert reproduce.missing(["student"], 0) == ["teacher", "flowmap", "student"]  # its start
     assert reproduce.missing(["flowmap"], 1) == ["teacher", "flowmap"]
-    for stage, change in ((0, {"lr": 1.0}), (1, {"velocity": None}), (2, {"count": 8})):
+    for stage, change in ((0, {"lr": 1.0}), (1, {"tangent_warmup": None}), (2, {"count": 8})):
         wrong = [dict(part) for part in told]
         wrong[stage] |= change                           # of the teacher below it, say
         wrong[stage] = {key: value for key, value in wrong[stage].items() if value is not None}

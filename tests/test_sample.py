@@ -2,6 +2,7 @@
 import argparse
 import itertools
 import json
+import shutil
 
 import imageio.v3 as iio
 import pytest
@@ -286,3 +287,23 @@ def test_eval_measures_drift_along_long_causal_clips(finished, tmp_path, evaluat
     rows = evaluate(finished, tmp_path, *flags)["rows"]
     assert [row["model"] for row in rows] == ["causal-distill #1", "causal-distill #2"]
     assert len(rows[0]["fd_chunks"]) == 4 and rows[0]["fd"] != rows[1]["fd"]
+    assert rows[0]["ed_teach"] != rows[1]["ed_teach"]    # the teacher's clips are as trained
+
+
+def test_a_student_alone_is_measured_against_its_teacher(finished, tmp_path, evaluation_set,
+                                                         monkeypatch):
+    monkeypatch.setattr(evaluation, "EvaluationSet", evaluation_set)
+    models = "distill", "distill,pretrain"
+    alone, both = (evaluate(finished, tmp_path, "--models", some, "--steps", "1")["rows"]
+                   for some in models)
+    assert alone == both[:1] and alone[0]["ed_teach"] != alone[0]["ed"]
+    folder = tmp_path / "run" / "causal-distill"     # of other clips, as one of those shipped
+    shutil.copytree(finished / "causal-distill", folder)
+    (tmp_path / "run" / "pretrain").symlink_to(finished / "pretrain")
+    student = {folder: sample.load_pipeline(folder)}
+    teacher = evaluation.teacher_pipeline(student, "cpu")
+    assert not teacher.network.config.second_time
+    record = json.loads((folder / "config.json").read_text())
+    record["config"]["data"] = "loop"
+    (folder / "config.json").write_text(json.dumps(record))
+    assert evaluation.teacher_pipeline(student, "cpu") is None

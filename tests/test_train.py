@@ -442,7 +442,8 @@ def test_dmd_has_the_guidance_of_the_flow_map_unless_told(tmp_path):
 
 def test_help_names_the_default_where_it_comes_from():
     text = {field.name: config.default_text(field) for field in fields(Config)}
-    assert text["velocity"] == "default flowmap teacher, causal flowmap data"
+    assert text["flow_times"] == "default either"
+    assert text["tangent_warmup"].endswith("flowmap 500, distill 0, causal flowmap 0")
     assert text["guidance"] == "default 1.0"
     assert text["steps"].startswith("default pretrain 12000, flowmap 2200, distill 990, causal")
 

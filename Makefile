@@ -19,7 +19,7 @@ sample: .venv/ready
 
 # Fewer updates than the recipe's, to fit a quarter of an hour.
 demo: .venv/ready
-	$(BIN)/python train.py --stage flowmap --base $(TEACHER) --run-dir $(RUN) --steps 1400
+	$(BIN)/python train.py --stage flowmap --base $(TEACHER) --run-dir $(RUN) --steps 1800
 	$(BIN)/python train.py --stage distill --run-dir $(RUN) --steps 400
 	$(BIN)/python sample.py --run-dir $(RUN) --prompts assets/prompts.txt --steps 4 --out $(RUN)/clips/clip.mp4 --sheet $(RUN)/clips/sheet.png
 	$(BIN)/python eval.py --run-dir $(RUN) --steps 1,2,4,8,32 --count 240

@@ -261,8 +261,11 @@ def main(argv=None) -> None:
         stage = args.ckpt
         if not stage:
             run = args.run_dir or default_run()
-            stage = (run / folder_of(args.stage, args.causal) if args.stage
-                     else newest_stage(run, args.causal))
+            if args.stage == "pretrain":
+                stage = runs.teacher_of(run)
+            else:
+                stage = (run / folder_of(args.stage, args.causal) if args.stage
+                         else newest_stage(run, args.causal))
         world = distributed.start(args.device)
         if world.size > 1 and (args.stream or args.sheet):
             raise ValueError(f"--{'stream' if args.stream else 'sheet'} is for one process: leave "

@@ -176,6 +176,10 @@ def test_the_shipped_teacher_is_distilled(finished, tmp_path):
     found = {word: place for word, place, _ in evaluation.parse_models(tmp_path / "demo", None)}
     assert list(found) == ["pretrain", "flowmap", "distill", "flowmap:consistency"]
     assert found["pretrain"] == runs.teacher_of(tmp_path / "demo") == teacher
+    clip = tmp_path / "clip.png"
+    sample.main([*run, "--stage", "pretrain", "--prompt", PROMPTS[0], "--steps", "1", "--out",
+                 str(clip)])
+    assert clip.exists()
     args = argparse.Namespace(run_dir=tmp_path / "demo", ckpt=None, base=None, frames=81,
                               height=480, width=832)
     assert play.Player(args, "cpu").models["teacher"][0] == teacher

@@ -124,7 +124,7 @@ def case_of(args, stage: str, checkpointing: int, parser) -> plan.Case:
     settings = recipe(args.preset, stage, args.causal) | {
         "stage": stage, "preset": args.preset, "causal": args.causal,
         "checkpointing": checkpointing, "base": ""}
-    if args.what == "flops":                         # its formulas are those of the paper's loss
+    if args.what == "flops":                         # its formulas are those of guidance
         settings |= speed.PAPERS
     if args.lora_rank is not None:
         settings["lora_rank"] = args.lora_rank

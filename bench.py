@@ -124,7 +124,7 @@ def case_of(args, stage: str, checkpointing: int, parser) -> plan.Case:
     settings = recipe(args.preset, stage, args.causal) | {
         "stage": stage, "preset": args.preset, "causal": args.causal,
         "checkpointing": checkpointing, "base": ""}
-    if args.what == "flops":                         # its formulas are those of guidance
+    if args.what == "flops":                         # counts updates with guidance
         settings |= speed.PAPERS
     if args.lora_rank is not None:
         settings["lora_rank"] = args.lora_rank
@@ -155,8 +155,8 @@ def plan_main(args, parser) -> None:
 
 
 def flops_main(args, parser) -> None:
-    name, unit = ("TFLOP", 1e12) if args.preset.startswith("wan") else ("GFLOP", 1e9)
-    print(f"{args.preset}: {name} a clip and update; released / done: outside recomputation\n")
+    unit, scale = ("TFLOP", 1e12) if args.preset.startswith("wan") else ("GFLOP", 1e9)
+    print(f"{args.preset}: {unit} a clip and update; released / done: outside recomputation\n")
     print(f"| stage | network | trains | checkpointing | | {' | '.join(flops.PARTS)} | all but "
           f"recomputation |\n|{'---|' * (len(flops.PARTS) + 6)}")
     for stage in STAGES[args.causal:] if args.stage == "all" else [args.stage]:
@@ -165,8 +165,8 @@ def flops_main(args, parser) -> None:
         counts = flops.arithmetic(case)
         for name, found in zip(("done", "needed", "released"), counts):
             totals.append(sum(found.values()) - found["recomputation"])
-            figures = " | ".join(f"{found[part] / unit:.1f}" for part in flops.PARTS)
-            print(f"| {name_of(case)} | {name} | {figures} | {totals[-1] / unit:.1f} |")
+            figures = " | ".join(f"{found[part] / scale:.1f}" for part in flops.PARTS)
+            print(f"| {name_of(case)} | {name} | {figures} | {totals[-1] / scale:.1f} |")
         print(f"{stage}: done / needed {totals[0] / totals[1]:.3f}, released / done "
               f"{totals[2] / totals[0]:.2f}", flush=True)
 

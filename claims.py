@@ -31,8 +31,8 @@ BOTH = ("euler", "consistency")
 TO_50 = "1,2,4,8,16,32,50"
 # A flow map that goes on needs no warm-up.
 ON_DIGITS = "--data digits --tangent-warmup 0"
-# The frozen teacher's velocity in the forward loss, whose r = t error vanishes, which the paper's
-# balance is made of.
+# The frozen teacher's velocity in the forward loss. Its r = t error vanishes; the paper's balance,
+# which is that error, would leave nothing to learn from where r < t.
 TEACHER = "--velocity teacher --balance 0.1"
 # Half of the updates, to save time, of what is only to be seen broken.
 HALF = "--steps 495"
@@ -54,8 +54,8 @@ RUNS = {
     "flowmap-jvp": Run("flowmap", "teacher", "--derivative jvp"),
     "flowmap-epsilon-0.0001": Run("flowmap", "teacher", "--epsilon 0.0001"),
     "flowmap-epsilon-0.02": Run("flowmap", "teacher", "--epsilon 0.02"),
-    # The teacher's velocity, in both stages. With it, the larger draw for r = t, too; without a
-    # warm-up, at the rate of that time; and distilled in fewer, larger batches.
+    # The teacher's velocity, in both stages. Before the main line's settings were found with it:
+    # the larger draw for r = t; no warm-up, at another rate; distilled in fewer, larger batches.
     "flowmap-teacher": Run("flowmap", "teacher", TEACHER),
     "student-teacher": Run("distill", "flowmap-teacher", ""),
     "flowmap-teacher-larger": Run("flowmap", "teacher", f"{TEACHER} --flow-times larger"),

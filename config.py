@@ -256,7 +256,7 @@ def default_text(field) -> str:
 
 def parse_config(argv=None) -> Config:
     parser = cli.Parser("Train a stage of an any-step video model.",
-                        "python train.py --stage flowmap --steps 1400")
+                        "python train.py --stage flowmap --steps 1800")
     parser.add_config(Config, default_text)
     given = vars(parser.parse(argv))
     stage = given.get("stage", Config.stage)

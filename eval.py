@@ -8,7 +8,8 @@ first frames (so that the floor is that of other moments of the same clips).
 
 ed        energy distance to real clips, on the 64 main components of real pixels: that of other
           real clips is 0 on average at any --count; lower is better
-ed_teach  the same to the guided teacher's 50-step samples, which is what distillation aims at
+ed_teach  the same to 50-step samples of the guided teacher, which is what distillation aims at: the
+          first one among the models, or else that of the first one's run
 fd        Frechet distance to real clips, on the same components
 acc       share of clips in which every attribute of the caption is read back right
 psnr      likeness (dB) of a clip to the nearest that the toy set could have drawn: realism

@@ -263,9 +263,10 @@ def main(argv=None) -> None:
             run = args.run_dir or default_run()
             if args.stage == "pretrain":
                 stage = runs.teacher_of(run)
+            elif args.stage:
+                stage = run / folder_of(args.stage, args.causal)
             else:
-                stage = (run / folder_of(args.stage, args.causal) if args.stage
-                         else newest_stage(run, args.causal))
+                stage = newest_stage(run, args.causal)
         world = distributed.start(args.device)
         if world.size > 1 and (args.stream or args.sheet):
             raise ValueError(f"--{'stream' if args.stream else 'sheet'} is for one process: leave "

@@ -195,7 +195,7 @@ def test_costs_are_those_of_the_papers_loss_by_rollout_and_steps(monkeypatch):
     # forward loss four: u_c, u_0, and the derivative's.
     distill = {("flow-map", n): 11 / 10 for n in (4, 8, 16, 50)} | {
         ("consistency", n): (8 + n) / 10 for n in (2, 4, 8, 16, 50)}
-    for preset in ("tiny", "toy"):                   # whose recipe has no guidance
+    for preset in ("tiny", "toy"):                   # the toy's recipe has no guidance
         found = dict(speed.costs(SMALLEST, (2, 48, 4, 4), preset, 1, WORLD))
         assert len(found) == 22
         whole = {what: ratio for what, ratio in found.items() if "bidirectional" in what}

@@ -165,7 +165,8 @@ def test_shipped_models_are_sampled_until_there_is_a_run(finished, tmp_path, mon
 
 
 def test_the_shipped_teacher_is_distilled(finished, tmp_path):
-    """As make demo does: both stages find it, in a run that has no stage pretrain."""
+    """As make demo does: both stages find it, in a run that has no stage pretrain; also as the
+    teacher of the flow map's velocity."""
     runs.ship(finished, finished, tmp_path / "toy")
     teacher, run = tmp_path / "toy" / "pretrain", ["--run-dir", str(tmp_path / "demo")]
     train.main(["--stage", "flowmap", "--base", str(teacher), "--preset", "tiny", "--steps", "1",

@@ -30,8 +30,7 @@ SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52
          "wan-14b": (60, 104)}
 
 
-def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
-    """The flags, and the parser, for errors that only the work shows."""
+def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser("Measure speed, plan memory.",
                         "python bench.py plan --preset wan-14b --causal --gpus 8")
     add = parser.add_argument
@@ -41,16 +40,17 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
         "Diffusers' networks; costs: of updates, as ratios; gpu: what this machine's GPU does")
     add("--preset", type=cli.choice(tuple(SIZES)), default="toy", metavar="NAME",
         help="size of the network (default toy)")
-    add("--chunk-frames", type=int, default=3, help="write: latent frames of a chunk (default 3)")
+    add("--chunk-frames", type=int, least=1, default=3,
+        help="write: latent frames of a chunk (default 3)")
     add("--full-chunks", type=int, default=3,
         help="write: full chunks, the newest included (default 3)")
     add("--window", type=int, default=0, help="write: past chunks that are kept (default 0: all)")
-    add("--repeats", type=int, default=5,
+    add("--repeats", type=int, least=1, default=5,
         help="write, peers, costs: runs; write: the fastest of each chunk counts (default 5)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
         help="write: auto, cpu or cuda (default auto)")
-    add("--gpus", type=int, default=8, help="plan: processes (default 8)")
-    add("--memory", type=int, default=80,
+    add("--gpus", type=int, least=1, default=8, help="plan: processes (default 8)")
+    add("--memory", type=int, least=1, default=80,
         help="plan: GB (10^9 bytes) of a GPU, to say what fits (default 80)")
     add("--stage", type=cli.choice(("all", *STAGES)), default="all", metavar="NAME",
         help="plan: one stage (default all)")
@@ -60,33 +60,27 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
     add("--checkpointing", type=int, nargs="?", const=1, metavar="N",
         help="plan, flops: activation checkpointing, of every Nth block (alone: of every one); "
         "plan: 0 is none (default both, and flops: of every one)")
-    add("--micro-steps", type=int, default=2,
+    add("--micro-steps", type=int, least=1, default=2,
         help="plan: micro-batches an update; more than 2 take what 2 take (default 2)")
-    add("--frames", type=int, default=81, help="plan: pixel frames (default 81)")
-    add("--height", type=int, default=480, help="plan: pixels (default 480)")
-    add("--width", type=int, default=832, help="plan: pixels (default 832)")
+    add("--frames", type=int, least=1, default=81, help="plan: pixel frames (default 81)")
+    add("--height", type=int, least=1, default=480, help="plan: pixels (default 480)")
+    add("--width", type=int, least=1, default=832, help="plan: pixels (default 832)")
     args = parser.parse(argv)
-    at_least_1 = ("chunk_frames", "repeats", "gpus", "memory", "micro_steps", "frames", "height",
-                  "width")
-    for name in at_least_1:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.causal and args.stage == "pretrain":
         parser.error("--causal is for stages flowmap and distill; the teacher sees whole clips")
-    if (args.lora_rank or 0) < 0 or args.window < 0 or args.full_chunks < 0:
-        parser.error("--lora-rank, --window and --full-chunks: must be at least 0")
     if args.what in ("plan", "flops") and args.preset.startswith("wan"):
-        check_clip(args, parser)
-    return args, parser
+        latent_side(args)
+    return args
 
 
-def check_clip(args, parser) -> int:
-    """Pixels that a latent of Wan covers, each way. Ends with a message for clips that have no
-    latents."""
+def latent_side(args) -> int:
+    """Pixels that a latent of Wan covers, each way. Raises ValueError for clips that have no
+    latents, or no compressed tokens."""
     pixels = 16 if args.preset == "wan-5b" else 8
-    if (args.frames - 1) % 4 or args.height % (2 * pixels) or args.width % (2 * pixels):
-        parser.error(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and "
-                     f"--width {args.width} multiples of {2 * pixels}")
+    side = pixels * (4 if args.causal else 2)
+    if (args.frames - 1) % 4 or args.height % side or args.width % side:
+        raise ValueError(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and "
+                         f"--width {args.width} multiples of {side}")
     return pixels
 
 
@@ -113,12 +107,12 @@ def name_of(case: plan.Case) -> str:
     return f"{c.stage} | {kind} | {trains} | {blocks}"
 
 
-def case_of(args, stage: str, checkpointing: int, parser) -> plan.Case:
+def case_of(args, stage: str, checkpointing: int) -> plan.Case:
     """What the plan's flags ask for."""
     config, wan = PRESETS[args.preset], args.preset.startswith("wan")
     shape = (4, config.channels, *SIZES[args.preset])
     if wan:
-        pixels = check_clip(args, parser)
+        pixels = latent_side(args)
         frames = (args.frames - 1) // 4 + 1
         shape = (frames, config.channels, args.height // pixels, args.width // pixels)
     settings = recipe(args.preset, stage, args.causal) | {
@@ -132,14 +126,15 @@ def case_of(args, stage: str, checkpointing: int, parser) -> plan.Case:
     try:
         chunks_of(c, shape[0])
     except ValueError:
-        parser.error(f"--frames {args.frames}: the recipe's chunks, {c.chunks}, are for 81 frames")
+        raise ValueError(f"--frames {args.frames}: the recipe's chunks, {c.chunks}, are for 81 "
+                         "frames") from None
     return plan.Case(c, config, shape, args.gpus, args.micro_steps)
 
 
-def plan_main(args, parser) -> None:
+def plan_main(args) -> None:
     stages = STAGES[args.causal:] if args.stage == "all" else [args.stage]     # one teacher
     kinds = (1, 0) if args.checkpointing is None else [args.checkpointing]
-    cases = [case_of(args, stage, on, parser) for stage, on in product(stages, kinds)]
+    cases = [case_of(args, stage, on) for stage, on in product(stages, kinds)]
     print(f"{args.preset}, latents {' x '.join(map(str, cases[0].shape))}, {args.gpus} GPUs, a "
           f"clip each, {args.micro_steps} micro-batches an update. GB a GPU and update; "
           "activations with all other temporaries.\n\n"
@@ -154,14 +149,14 @@ def plan_main(args, parser) -> None:
           "fragmentation")
 
 
-def flops_main(args, parser) -> None:
+def flops_main(args) -> None:
     unit, scale = ("TFLOP", 1e12) if args.preset.startswith("wan") else ("GFLOP", 1e9)
     print(f"{args.preset}: {unit} a clip and update; released / done: outside recomputation\n")
     print(f"| stage | network | trains | checkpointing | | {' | '.join(flops.PARTS)} | all but "
           f"recomputation |\n|{'---|' * (len(flops.PARTS) + 6)}")
     for stage in STAGES[args.causal:] if args.stage == "all" else [args.stage]:
         on = 1 if args.checkpointing is None else args.checkpointing
-        case, totals = case_of(args, stage, on, parser), []
+        case, totals = case_of(args, stage, on), []
         counts = flops.arithmetic(case)
         for name, found in zip(("done", "needed", "released"), counts):
             totals.append(sum(found.values()) - found["recomputation"])
@@ -171,7 +166,7 @@ def flops_main(args, parser) -> None:
               f"{totals[2] / totals[0]:.2f}", flush=True)
 
 
-def check_main(args, parser) -> None:
+def check_main(args) -> None:
     print("GB a process | stage | network | trains | checkpointing\n---|---|---|---|---")
     worst = 0.0
     for number, case in enumerate(plan.checked_cases()):
@@ -196,7 +191,7 @@ tensor and context parallelism 33 % on 128. Wan 1.3B: 1.04 s a guided step on an
 35 frames a second with a small decoder on an H100; LongLive 20.7."""
 
 
-def gpu_main(args, parser) -> None:
+def gpu_main(args) -> None:
     world = distributed.start(args.device)
     cuda = world.device.type == "cuda"
     if cuda and not args.preset.startswith("wan"):
@@ -204,7 +199,7 @@ def gpu_main(args, parser) -> None:
     args.gpus = args.micro_steps = 1
     cases = []
     for args.causal in (False, True):
-        cases += [case_of(args, stage, 1, parser) for stage in STAGES[args.causal:]]
+        cases += [case_of(args, stage, 1) for stage in STAGES[args.causal:]]
     others = [(args.preset, cases[0].config, cases[0].shape)]
     if args.preset == "wan-1.3b":
         others.append(("wan-14b", PRESETS["wan-14b"], cases[0].shape))
@@ -224,11 +219,11 @@ def gpu_main(args, parser) -> None:
     print(f"\n{PUBLIC}\n\n{json.dumps({'device': device, 'rows': rows})}")
 
 
-def peers_main(args, parser) -> None:
+def peers_main(args) -> None:
     try:
         import diffusers
     except ImportError:
-        parser.error("peers needs Diffusers: pip install -r requirements-wan.txt")
+        raise ValueError("peers needs Diffusers: pip install -r requirements-wan.txt") from None
     torch.set_grad_enabled(True)
     sides = args.height // 8, args.width // 8
     wide = replace(PRESETS["wan-1.3b"], layers=1)
@@ -238,7 +233,7 @@ def peers_main(args, parser) -> None:
         print(f"{ratio:6.2f} x  {what}", flush=True)
 
 
-def costs_main(args, parser) -> None:
+def costs_main(args) -> None:
     world = distributed.start(args.device)
     config, channels = PRESETS[args.preset], PRESETS[args.preset].channels
     shape = (4, channels, *SIZES[args.preset])
@@ -246,7 +241,7 @@ def costs_main(args, parser) -> None:
         print(f"{ratio:6.2f} x  {what}", flush=True)
 
 
-def write_main(args, parser) -> None:
+def write_main(args) -> None:
     world = distributed.start(args.device)
     config = replace(PRESETS[args.preset], compressed=args.full_chunks > 0)
     runs = [speed.write_cost(config, SIZES[args.preset], args.chunk_frames, args.full_chunks,
@@ -262,13 +257,13 @@ def write_main(args, parser) -> None:
 
 
 def main(argv=None) -> None:
-    args, parser = parse_args(argv)
+    args = parse_args(argv)
     if args.what == "check" and "BENCH_CASE" in os.environ:      # a process that check_main started
         found = plan.measure(plan.checked_cases()[int(os.environ["BENCH_CASE"])])
         if os.environ["RANK"] == "0":
             print(f"measured {found}")
         distributed.stop()
-    WHAT[args.what](args, parser)
+    WHAT[args.what](args)
 
 
 WHAT = {"write": write_main, "plan": plan_main, "check": check_main, "flops": flops_main,

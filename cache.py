@@ -114,10 +114,11 @@ def append_chunk(network, context: Context, z_0: torch.Tensor, full_chunks: int,
                  window: int = 0) -> Context:
     """The context of the next chunk, once z_0 (B, F, C, H, W) is finished.
 
-    The next chunk and the `full_chunks` - 1 before it are full, older ones compressed (0: all are
-    full). What is encoded is the chunk that leaves the full ones, whose compressed form depends on
-    compressed chunks only and never changes, and the full ones, which now see one compressed chunk
-    more. window > 0: only the last `window` chunks are kept.
+    The next chunk sees itself and the `full_chunks` - 1 chunks before it in full, older ones
+    compressed (0: all in full). A chunk that leaves the full ones is compressed once: it sees only
+    compressed chunks, so its keys never change. The full ones that remain are encoded again, since
+    their past has one compressed chunk more. window > 0: only the last `window` chunks are kept,
+    and the full ones in any case.
     """
     start = context.start + z_0.shape[1]
     if not full_chunks:

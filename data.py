@@ -22,8 +22,7 @@ from pathlib import Path
 import cli
 
 
-def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
-    """The flags, and the parser, for errors that only the work shows."""
+def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         "Videos to shards of latents, for training on Wan.",
         "python data.py encode --videos clips --base Wan2.1-T2V-1.3B-Diffusers --out shards")
@@ -37,7 +36,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
     add("--out", type=Path, help="folder of the shards; the same command goes on (default none)")
     add("--frames", type=int, default=81, help="pixel frames, 4 n + 1 (default 81)")
     add("--height", type=int, default=480,
-        help="pixels, a multiple of 16, or of 32 for Wan2.2-TI2V-5B (default 480)")
+        help="pixels, a multiple of 16, or of 32 for Wan2.2-TI2V-5B; for --causal training twice "
+        "that (default 480)")
     add("--width", type=int, default=832, help="pixels, as --height (default 832)")
     add("--fps", type=float, help="frame rate that clips are brought to (default: the network's, "
         "16, or 24 for Wan2.2-TI2V-5B)")
@@ -53,7 +53,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
     for name in ("videos", "base", "out") if args.what == "encode" else ():
         if not getattr(args, name):
             parser.error(f"encode needs --{name}")
-    return args, parser
+    return args
 
 
 if __name__ == "__main__":
@@ -86,7 +86,7 @@ def open_data(name: str, frames: int = 8, size: int = 16, held_out: bool = False
                          f"size = {size}")
     if name in SETS:
         return SETS[name](frames, size)
-    if (Path(name) / "manifest.json").exists():
+    if any((Path(name) / file).exists() for file in ("manifest.json", "made_by.json")):
         return Shards(name)
     if not Path(name).is_dir():
         near = nearest_word(str(name), list(SETS))
@@ -106,7 +106,7 @@ class Folder:
     """
 
     def __init__(self, path, frames: int = 8, size: int = 16, held_out: bool = False):
-        self.name, self.frames, self.size, self.attributes = str(path), frames, size, {}
+        self.frames, self.size, self.attributes = frames, size, {}
         files, usable = videos_in(Path(path)), []
         captions, problems = read_captions(Path(path), {file.name for file in files})
         captions = {name: text for name, text in captions.items() if encoders.split_words(text)}
@@ -137,6 +137,7 @@ class Folder:
         say([*(f"skipped {problem}" for problem in problems),
              f"{path}: {len(usable)} clips usable, {len(files) - len(usable)} skipped; "
              f"{len(apart)} held out for eval.py; {megabytes:.0f} MB decoded"])
+        self.held_out = held_out
         self.stored = apart if held_out else rest                # (name, raw frames, how many)
         self.texts = captions
         self.captions = sorted({captions[name] for name, _, _ in usable})
@@ -146,12 +147,16 @@ class Folder:
 
     def clips(self, indices, seed: int = 0, captions=None):
         """Video (B, T, 3, size, size) and its captions. Each len(self) consecutive indices are an
-        epoch that shows every file once; (seed, index) picks the first frame."""
+        epoch that shows every file once; (seed, index) picks the first frame. What is held out is
+        drawn file by file, each time from all, as statistics of independent samples need."""
         if captions is not None:
             raise ValueError("the captions of a folder belong to its clips and cannot be chosen")
         video, texts, frame = [], [], 3 * self.size**2           # bytes
-        draws = draw(seed, indices, 1)[:, 0].tolist()
-        for i, u in zip(shuffled(indices, seed, len(self)), draws):
+        draws = draw(seed, indices, 2)
+        files = shuffled(indices, seed, len(self))
+        if self.held_out:
+            files = (draws[:, 1] * len(self)).long().tolist()
+        for i, u in zip(files, draws[:, 0].tolist()):
             name, file, length = self.stored[i]
             start = int(u * (length - self.frames + 1))
             video.append(np.fromfile(file, np.uint8, self.frames * frame, offset=start * frame))
@@ -159,12 +164,6 @@ class Folder:
         shape = (len(video), self.frames, self.size, self.size, 3)
         video = torch.from_numpy(np.concatenate(video)).view(shape).movedim(4, 2)
         return video.contiguous().float() / 127.5 - 1, texts
-
-    def labels(self, captions) -> dict[str, torch.Tensor]:
-        return {}
-
-    def read(self, video) -> dict[str, torch.Tensor]:
-        return {}
 
 
 def videos_in(folder: Path) -> list[Path]:
@@ -211,6 +210,8 @@ def decode_once(folder: Path, files: list[Path], size: int, fps: float) -> tuple
             with ThreadPool(DECODERS) as pool:
                 bar = tqdm(pool.imap(decode_into, todo), "decode", len(todo), disable=not todo)
                 problems += filter(None, bar)
+    except ChildProcessError:                                    # ffmpeg was stopped
+        raise
     except OSError as error:
         raise OSError(f"decoded videos cannot be kept in {cache} ({error}): make room there, or "
                       "set XDG_CACHE_HOME to another folder") from None
@@ -283,7 +284,7 @@ class Shards:
     """
 
     def __init__(self, path):
-        self.path, self.attributes = Path(path), {}
+        self.path = Path(path)
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text("utf-8"))
             self.latent_shape = tuple(self.manifest["latent_shape"])
@@ -510,9 +511,14 @@ def encode(args) -> None:
     made_by |= {name: getattr(args, name) for name in
                 ("frames", "height", "width", "text_length", "dtype")}
     writer, skipped = ShardWriter(args.out, made_by, part, parts, args.clips_per_shard), 0
-    # By name, so that a clip keeps its part when others come.
-    keys = {key_of(file, captions.get(file.name, "")): file for file in files
-            if name_hash(file.name) % parts == part}
+    keys = {}
+    for file in files:
+        if name_hash(file.name) % parts == part:     # by name: it keeps its part when others come
+            try:
+                keys[key_of(file, captions.get(file.name, ""))] = file
+            except OSError as error:
+                problems.append(f"{file.name}: {error.strerror}")
+                skipped += 1
     if strange := sorted(writer.done - keys.keys()):
         raise ValueError(f"{args.out} holds clips that are not in {args.videos}, or have changed "
                          f"there: {strange[0]!r} and {len(strange) - 1} more; give another folder")
@@ -557,14 +563,11 @@ def check(args) -> None:
 
 
 def main(argv=None) -> None:
-    args, parser = parse_args(argv)
-    try:
-        if args.what == "encode":
-            encode(args)
-        else:
-            check(args)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        parser.error(str(error))
+    args = parse_args(argv)
+    if args.what == "encode":
+        encode(args)
+    else:
+        check(args)
 
 
 if __name__ == "__main__":

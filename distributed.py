@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,16 +35,15 @@ def pick_device(device: str = "auto") -> torch.device:
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {device!r}: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: torch sees no GPU here; leave --device out, or say "
-                         "--device cpu")
+        raise ValueError("device cuda: torch sees no GPU here; say --device auto or --device cpu")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def start(device: str = "auto", deterministic: bool = False) -> World:
-    """Join the processes that torchrun started, or be a world of one. deterministic: of GPUs, whose
-    attention else adds in any order. Errors as `pick_device`."""
+    """Join the processes that torchrun started, or be a world of one. deterministic: ask for
+    deterministic GPU kernels, as attention otherwise adds in any order. Errors as `pick_device`."""
     picked = pick_device(device)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -168,10 +168,18 @@ def merge_over_ranks(values: dict, world: World) -> dict:
     return {key: value for part in found for key, value in part.items()}
 
 
+def begin_of(process: int) -> str:
+    """When a process began, in ticks since the system did; '' where /proc does not say."""
+    file = Path(f"/proc/{process}/stat")
+    return file.read_text().rpartition(")")[2].split()[19] if file.exists() else ""
+
+
 def launch() -> dict:
-    """Who started this process: torchrun's process, if any, SLURM's job and its restarts."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return {"torchrun": run and f"{run} {os.getppid()}", "job": os.environ.get("SLURM_JOB_ID", ""),
+    """Who started this process: torchrun's process, if any, SLURM's job and its restarts. In every
+    container torchrun may be process 1: hence when it began."""
+    run, parent = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.getppid()
+    return {"torchrun": run and f"{run} {parent} {begin_of(parent)}",
+            "job": os.environ.get("SLURM_JOB_ID", ""),
             "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
 
 

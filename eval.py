@@ -7,7 +7,8 @@ of a folder the clips that it holds out, one in ten by name, each drawn several 
 first frames (so that the floor is that of other moments of the same clips).
 
 ed        energy distance to real clips, on the 64 main components of real pixels: that of other
-          real clips is 0 on average at any --count; lower is better
+          real clips is 0 on average, where every caption is as often, at least twice (--count);
+          lower is better
 ed_teach  the same to 50-step samples of the guided teacher, which is what distillation aims at: the
           first one among the models, or else that of the first one's run
 fd        Frechet distance to real clips, on the same components
@@ -31,8 +32,7 @@ import cli
 from config import SAMPLERS, record_of
 
 
-def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
-    """The flags, and the parser, for errors that only the work shows."""
+def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser("Measure models at several step counts: a table, a figure, contact sheets.",
                         "python eval.py --models distill,flowmap:consistency --steps 1,2,4")
     add = parser.add_argument
@@ -52,7 +52,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
         help="auto, cpu or cuda (default auto)")
     add("--out", type=Path, help="folder for the results (default RUN_DIR/eval; "
         "runs/shipped of what is shipped)")
-    return parser.parse(argv), parser
+    return parser.parse(argv)
 
 
 if __name__ == "__main__":
@@ -69,7 +69,7 @@ import runs
 from pipeline import Pipeline, generate, load_pipeline
 from sample import SHIPPED, default_run, newest_stage, to_pixels, write_frames, write_picture
 
-HELD_OUT = 1_000_000         # clip seeds from here on are never used in training
+HELD_OUT = 1_000_000         # no stage draws clips with seeds from here to 2 * 10^6
 TEACHER_STEPS = 50
 
 
@@ -184,6 +184,9 @@ class EvaluationSet:
             self.chunk_spaces = [Frechet(part) for part in reference.split(lengths, 1)]
         self.captions = self.real_clips(1)[1]
         self.kinds = len(dataset.captions) if self.prompts else 0
+        if self.kinds and (count % self.kinds or count == self.kinds):
+            print(f"--count {count}: energy distances are biased unless every caption is as often, "
+                  f"at least twice; give a multiple of {self.kinds}, from {2 * self.kinds} up")
         real = self.space.features(reference)
         self.real = real, mean_distance(real)
         self.teacher = None                                      # the same of its clips
@@ -263,32 +266,29 @@ def parse_models(run: Path, text: str | None) -> list[tuple[str, Path, str]]:
 
 def main(argv=None) -> None:
     started = time.time()
-    args, parser = parse_args(argv)
+    args = parse_args(argv)
     run = args.run_dir or (Path("runs/toy-shapes") if args.models and "/" in args.models
                            else default_run())
     shipped = run.resolve() == SHIPPED.resolve()
     out = args.out or (Path("runs/shipped") if shipped else run / "eval")
-    try:
-        models = parse_models(run, args.models)
-        cli.check_folder(out, "--out")
-        check_clips([folder for _, folder, _ in models])
-        config = record_of(models[0][1], "config")["config"]
-        dataset = data.open_data(config["data"], config["frames"], config["size"], held_out=True)
-        if isinstance(dataset, data.Shards):
-            raise ValueError(f"{models[0][1]} was trained on the shards {config['data']}, and "
-                             "latents are no clips to compare with: measure it with VBench")
-        device = distributed.start(args.device).device
-        pipelines = {folder: load_pipeline(folder, device) for _, folder, _ in models}
-        teacher = teacher_pipeline(pipelines, device)
-        if args.length > 1 and any(len(p.chunks) == 1 for p in pipelines.values()):
-            raise ValueError(f"--length {args.length} is for causal models only")
-        chunks = {p.chunks: folder for folder, p in pipelines.items() if len(p.chunks) > 1}
-        if len(chunks) > 1:
-            (first, a), (other, b) = list(chunks.items())[:2]
-            raise ValueError(f"--models: {a} has chunks of {list(first)}, {b} of {list(other)}; "
-                             "measure them one after the other")
-    except ValueError as error:
-        parser.error(str(error))
+    models = parse_models(run, args.models)
+    cli.check_folder(out, "--out")
+    check_clips([folder for _, folder, _ in models])
+    config = record_of(models[0][1], "config")["config"]
+    dataset = data.open_data(config["data"], config["frames"], config["size"], held_out=True)
+    if isinstance(dataset, data.Shards):
+        raise ValueError(f"{models[0][1]} was trained on the shards {config['data']}, and "
+                         "latents are no clips to compare with: measure it with VBench")
+    device = distributed.start(args.device).device
+    pipelines = {folder: load_pipeline(folder, device) for _, folder, _ in models}
+    teacher = teacher_pipeline(pipelines, device)
+    if args.length > 1 and any(len(p.chunks) == 1 for p in pipelines.values()):
+        raise ValueError(f"--length {args.length} is for causal models only")
+    chunks = {p.chunks: folder for folder, p in pipelines.items() if len(p.chunks) > 1}
+    if len(chunks) > 1:
+        (first, a), (other, b) = list(chunks.items())[:2]
+        raise ValueError(f"--models: {a} has chunks of {list(first)}, {b} of {list(other)}; "
+                         "measure them one after the other")
     causal = [p for p in pipelines.values() if len(p.chunks) > 1]
     lengths = [causal[0].codec.frames(chunk) for chunk in causal[0].chunks] if causal else []
     evaluation = EvaluationSet(dataset, args.count, lengths)
@@ -335,19 +335,19 @@ def teacher_pipeline(pipelines: dict[Path, Pipeline], device) -> Pipeline | None
     return load_pipeline(teacher, device) if alike else None
 
 
-def guidance_of(pipeline: Pipeline, args) -> float:
+def guidance_of(pipeline: Pipeline, sampler: str, args) -> float:
     """1 for flow maps, which have it built in."""
     if pipeline.network.config.second_time:
         return 1.0
-    return args.guidance or pipeline.config["guidance"]
+    return args.guidance or pipeline.default_guidance(sampler)
 
 
 def sample(pipeline: Pipeline, sampler: str, steps: int, first_seed: int, captions, args):
     seeds = list(range(first_seed, first_seed + len(captions)))
     grid = flowmap.time_grid(steps, pipeline.config["shift"])
     chunks = pipeline.chunks * args.length if len(pipeline.chunks) > 1 else None
-    return generate(pipeline, captions, seeds, grid, sampler, guidance_of(pipeline, args),
-                    chunks=chunks)
+    return generate(pipeline, captions, seeds, grid, sampler,
+                    guidance_of(pipeline, sampler, args), chunks=chunks)
 
 
 def measure(evaluation: EvaluationSet, models, pipelines, teacher: Pipeline | None,
@@ -394,8 +394,8 @@ def to_cell(metric: str, value) -> str:
 
 
 def shown(rows):
-    """Of the first 48 clips or captions, which are all of a toy set's, 8 that differ in all."""
-    return rows[:48:7][:8]
+    """Seven of the first 48 clips or captions, spread over the attributes."""
+    return rows[:48:7]
 
 
 def draw_sheets(out: Path, pictures: dict, steps: list[int], captions: list[str]) -> list[str]:

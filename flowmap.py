@@ -157,7 +157,8 @@ def flow_map_times(generator: torch.Generator, count: int, shift: float,
         t = torch.where(position < flow, pair[0], t)
     t, r = shift_time(t, shift), shift_time(r, shift)
     r = torch.where(position < flow + consistency, torch.zeros_like(r), r)
-    return t, torch.where(position < flow, t, r)
+    below = t.nextafter(torch.zeros_like(t))                 # two draws may round to one
+    return t, torch.where(position < flow, t, torch.minimum(r, below))
 
 
 TIME_WEIGHTS = {                             # densities over the shifted time, up to a factor

@@ -4,6 +4,7 @@ Decoded by Pillow and ffmpeg, which imageio needs and brings.
 """
 import io
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -22,15 +23,19 @@ PICTURE_ERRORS = (OSError, ValueError, SyntaxError, ArithmeticError, LookupError
                   TypeError, AttributeError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
+# How ffmpeg ends when a signal, or the system for want of memory, stops it.
+STOPPED = (255, -signal.SIGTERM, -signal.SIGKILL)
+
+
 def decode(file: Path, height: int, width: int, fps: float, most: int | None = None):
     """Yields the frames of a video, (n, height, width, 3) uint8, as a player shows them at `fps`
     instants a second, at `most` so many: upright, pixels square, HDR brought to BT.709 (brighter
     than white is white), transparent parts over white, resized with their aspect, the middle
-    cropped. Raises ValueError for what ffmpeg cannot decode; damage that it conceals is named on
-    stderr."""
+    cropped. Raises ValueError for what ffmpeg cannot decode, ChildProcessError where it is stopped;
+    damage that it conceals is named on stderr. Ctrl-C is for this process, which then ends it."""
     ffmpeg = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-protocol_whitelist", "file",
               "-threads", "1", "-i", f"file:{file}"]
-    header = subprocess.run(ffmpeg, capture_output=True).stderr
+    header = subprocess.run(ffmpeg, capture_output=True, start_new_session=True).stderr
     hdr = re.search(rb"Video: .*(smpte2084|arib-std-b67)", header)
     # A frame that begins up to 1/16 of an interval late still counts: files round their times.
     late = 1e6 / fps / 16
@@ -43,7 +48,8 @@ def decode(file: Path, height: int, width: int, fps: float, most: int | None = N
                *(["-frames:v", str(most)] if most else []), "-f", "rawvideo", "-"]
     size, empty = height * width * 4, True
     with tempfile.TemporaryFile() as said:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said,
+                              start_new_session=True) as process:
             while len(block := process.stdout.read(16 * size)) >= size:
                 whole = len(block) // size * size
                 rgba = np.frombuffer(block[:whole], np.uint8).reshape(-1, height, width, 4)
@@ -52,6 +58,9 @@ def decode(file: Path, height: int, width: int, fps: float, most: int | None = N
         said.seek(0)
         lines = said.read().decode(errors="replace").splitlines() or ["no picture in it"]
         line = lines[0].rpartition("] ")[2].replace(f"file:{file}", "it")
+        if process.returncode in STOPPED:
+            raise ChildProcessError(f"{file}: ffmpeg was stopped (exit code {process.returncode}); "
+                                    "run the same command again")
         if process.returncode or empty:
             raise ValueError(f"{file}: cannot be read ({line})")
         if lines != ["no picture in it"]:

@@ -40,6 +40,11 @@ class Pipeline:
     fps: int = 8                 # frames a second of a clip
     adapter: str = ""            # of the network, that is sampled
 
+    def default_guidance(self, sampler: str) -> float:
+        """1 where it is built in: for flow maps, and under the consistency sampler."""
+        built_in = self.network.config.second_time or sampler == "consistency"
+        return 1.0 if built_in else self.config["guidance"]
+
 
 def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int = 480,
                   width: int = 832, tiling: bool = False, bf16: bool | None = None,
@@ -216,7 +221,7 @@ def sample_chunk(u, z, given, grid, sampler: str, renoise) -> torch.Tensor:
 
 def check_given(chunks: tuple, given) -> None:
     """Raises ValueError unless given frames are whole chunks, or some of a single one; not all."""
-    frames = 0 if given is None else given.shape[1]
+    frames = given.shape[1]
     ends = range(chunks[0]) if len(chunks) == 1 else chunk_ends(chunks)
     if frames and frames not in ends:
         raise ValueError(f"{frames} given latent frames: must be whole chunks of {list(chunks)}, "
@@ -295,12 +300,12 @@ def given_latents(pipeline: Pipeline, path: Path, is_image: bool, chunks) -> tor
     return pipeline.codec.encode(video[None, :length(whole)].float() / 127.5 - 1)
 
 
-def read_picture(pipeline: Pipeline, path: Path) -> tuple:
-    """(image, condition) of a first frame, for a network with image inputs: features
-    (1, I, image_dim), or None where it takes none, and what is told of the clip
-    (1, F, image_channels, h, w). Raises ValueError for what cannot be read."""
+def read_picture(pipeline: Pipeline, path: Path, frames: int) -> tuple:
+    """(image, condition) of the first frame of a clip of so many latent frames, for a network with
+    image inputs: features (1, I, image_dim), or None where it takes none, and what is told of the
+    clip (1, F, image_channels, h, w). Raises ValueError for what cannot be read."""
     frame = media.read_picture(path, *sides(pipeline))
-    condition = pipeline.codec.condition(frame[None].float() / 127.5 - 1, pipeline.latent_shape[0])
+    condition = pipeline.codec.condition(frame[None].float() / 127.5 - 1, frames)
     return pipeline.picture(frame) if pipeline.picture else None, condition
 
 

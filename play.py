@@ -24,8 +24,7 @@ from config import folder_of, record_of
 SIZES = {"frames": 81, "height": 480, "width": 832}      # of clips of weights without a run
 
 
-def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
-    """The flags, and the parser, for errors that only the work shows."""
+def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser("A page to play with.", "python play.py --run-dir runs/demo-loop")
     add = parser.add_argument
     add("--run-dir", type=Path, help="the run (default runs/toy-shapes, or what is shipped)")
@@ -33,10 +32,11 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
     add("--base", type=Path, help="the weights' pipeline folder, for its encoders (default none)")
     for name, default in SIZES.items():
         add(f"--{name}", type=int, default=default,
-            help=f"in pixels, for weights without a run (default {default})")
+            help=f"{'pixel frames' if name == 'frames' else 'pixels'}, for weights without a run "
+            f"(default {default})")
     add("--port", type=int, default=8000, help="of the page, 0: any that is free (default 8000)")
     add("--no-browser", action="store_true", help="open no browser (default off)")
-    return parser.parse(argv), parser
+    return parser.parse(argv)
 
 
 if __name__ == "__main__":
@@ -141,8 +141,7 @@ class Player:
         """(pipeline, arguments of its samplers), as sample.py has them."""
         folder, sampler, _ = self.models[asked["model"]]
         pipeline = self.load(folder)
-        built_in = pipeline.network.config.second_time or sampler == "consistency"
-        guidance = 1.0 if built_in else pipeline.config["guidance"]
+        guidance = pipeline.default_guidance(sampler)
         grid = flowmap.time_grid(asked["steps"], pipeline.config["shift"])
         return pipeline, ([asked["prompt"]], [asked["seed"]], grid, sampler, guidance)
 
@@ -273,12 +272,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(argv=None) -> None:
-    args, parser = parse_args(argv)
+    args = parse_args(argv)
     player = Player(args, distributed.start("auto").device)
     try:
         server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
     except (OSError, OverflowError) as error:
-        parser.error(f"--port {args.port}: {error}; give another one, or 0")
+        raise ValueError(f"--port {args.port}: {error}; give another one, or 0") from None
     server.player = player
     address = f"http://127.0.0.1:{server.server_port}"
     print(f"{address}: {', '.join(player.models)} of {player.source}; Ctrl-C ends it", flush=True)

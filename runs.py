@@ -236,6 +236,11 @@ def fit_to(source, config, origin: str, c: Config) -> None:
     if config.channels != channels or config.text_dim != width:
         raise ValueError(f"{origin} works on {config.channels} channels and prompts of width "
                          f"{config.text_dim}, but --data {c.data} has {channels} and {width}")
+    sides, side = source.latent_shape[2:], config.patch * (2 if config.compressed else 1)
+    if any(length % side for length in sides):
+        without = ", or train with --full-chunks 0, which compresses no chunk" * config.compressed
+        raise ValueError(f"--data {c.data} has latents of {sides[0]} x {sides[1]}, and this "
+                         f"network takes multiples of {side}: give clips of another size{without}")
 
 
 def read_codec(file: Path) -> encoders.PatchPCA:

@@ -17,8 +17,7 @@ import cli
 from config import SAMPLERS, STAGES, folder_of
 
 
-def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
-    """The flags, and the parser, for errors that only the work shows."""
+def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         "Sample clips from a trained run.",
         'python sample.py --prompt "a red circle moving left" --steps 4 --out clip.mp4')
@@ -57,7 +56,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
     add("--video", type=Path, help="causal: go on from the chunks of this clip (default none)")
     add("--prompt-at", nargs=2, action="append", default=[], metavar=("M", "PROMPT"),
         help="causal: another prompt from chunk M = 0, 1, ... on; repeatable (default none)")
-    add("--window", type=int, help="causal: past chunks kept, 0: all (default: as in training)")
+    add("--window", type=int, help="causal: past chunks kept, the full ones in any case; 0: all "
+        "(default: as in training)")
     add("--stream", action="store_true", help="write and time chunk by chunk (default off)")
     add("--tiling", action="store_true", help="Wan's autoencoder works in overlapping tiles: less "
         "GPU memory, a little slower (default off)")
@@ -72,11 +72,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, cli.Parser]:
         "clips; also under torchrun, and the same command goes on (default none)")
     add("--sheet", type=Path, metavar="PNG", help="also a row of each clip's frames (default none)")
     args = parser.parse(argv)
-    try:
-        check(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args, parser
+    check(args)
+    return args
 
 
 def check(args) -> None:
@@ -198,11 +195,11 @@ def newest_stage(run: Path, causal: bool = False) -> Path:
     """The furthest finished stage of a run; causal: of the causal student's."""
     forms = (True,) if causal else (False, True)
     students = [folder_of(stage, form) for stage in ("distill", "flowmap") for form in forms]
-    for name in (*students, "pretrain"):
-        if (run / name / "model.safetensors").exists() and not (causal and name == "pretrain"):
+    for name in students if causal else [*students, "pretrain"]:
+        if runs.finished(run / name):
             return run / name
-    teacher = (run / "pretrain" / "model.safetensors").exists()
-    form = "--causal --stage flowmap" if causal and teacher else "--stage pretrain"
+    has_teacher = causal and runs.finished(run / "pretrain")
+    form = "--causal --stage flowmap" if has_teacher else "--stage pretrain"
     raise ValueError(f"no finished stage in {run}. First run: python train.py {form} "
                      f"--run-dir {run}")
 
@@ -229,9 +226,8 @@ def read_grid(text: str) -> list[float]:
 def sampling_options(args, pipeline: Pipeline, stage: Path) -> dict:
     """What pipeline.latents is told besides captions, seeds and grid. Raises ValueError for what
     these weights cannot do."""
-    built_in = pipeline.network.config.second_time or args.sampler == "consistency"
     options = {"sampler": args.sampler, "window": args.window,
-               "guidance": args.guidance or (1.0 if built_in else pipeline.config["guidance"]),
+               "guidance": args.guidance or pipeline.default_guidance(args.sampler),
                "prompt_at": {int(chunk): prompt for chunk, prompt in args.prompt_at}}
     chunks = pipeline.chunks
     if args.frames and args.frames != pipeline.codec.frames(sum(chunks)):
@@ -245,7 +241,7 @@ def sampling_options(args, pipeline: Pipeline, stage: Path) -> dict:
         if not args.image:
             raise ValueError(f"{stage} is an image-to-video network: give its first frame with "
                              f"--image")
-        options["picture"] = read_picture(pipeline, args.image)
+        options["picture"] = read_picture(pipeline, args.image, sum(chunks))
     elif args.image:
         options["given"] = given_latents(pipeline, args.image, True, chunks)
     elif args.video:
@@ -253,45 +249,45 @@ def sampling_options(args, pipeline: Pipeline, stage: Path) -> dict:
     return options
 
 
+def chosen_stage(args) -> Path:
+    if args.ckpt:
+        return args.ckpt
+    run = args.run_dir or default_run()
+    if args.stage == "pretrain":
+        return runs.teacher_of(run)
+    if args.stage:
+        return run / folder_of(args.stage, args.causal)
+    return newest_stage(run, args.causal)
+
+
 def main(argv=None) -> None:
-    args, parser = parse_args(argv)
-    try:
-        prompts = read_prompts(args)
-        times = read_grid(args.grid) if args.grid else None
-        stage = args.ckpt
-        if not stage:
-            run = args.run_dir or default_run()
-            if args.stage == "pretrain":
-                stage = runs.teacher_of(run)
-            elif args.stage:
-                stage = run / folder_of(args.stage, args.causal)
-            else:
-                stage = newest_stage(run, args.causal)
-        world = distributed.start(args.device)
-        if world.size > 1 and (args.stream or args.sheet):
-            raise ValueError(f"--{'stream' if args.stream else 'sheet'} is for one process: leave "
-                             f"torchrun out")
-        pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height,
-                                 args.width, args.tiling, args.bf16, args.chunks)
-        grid = times or flowmap.time_grid(args.steps, args.shift or pipeline.config["shift"])
-        options = sampling_options(args, pipeline, stage)
-        captions = [prompt for prompt in prompts for _ in range(args.per_prompt)]
-        seeds = list(range(args.seed, args.seed + len(captions)))
-        if args.stream:
-            if len(captions) > 1:
-                raise ValueError("--stream takes one prompt and one clip")
-            if args.tiling:
-                raise ValueError("--stream and --tiling: give one of them; a stream is not decoded "
-                                 "in tiles")
-            prepare(pipeline, captions, options)
-            pieces = stream(pipeline, captions, seeds, grid, **options)
-            stream_to(args.out, pieces, pipeline.fps)
-        elif args.save_latents:
-            save_latents(args, stage, world, pipeline, captions, seeds, grid, options)
-        else:
-            write_clips(args, stage, world, pipeline, captions, seeds, grid, options)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+    args = parse_args(argv)
+    prompts = read_prompts(args)
+    times = read_grid(args.grid) if args.grid else None
+    stage = chosen_stage(args)
+    world = distributed.start(args.device)
+    if world.size > 1 and (args.stream or args.sheet):
+        raise ValueError(f"--{'stream' if args.stream else 'sheet'} is for one process: leave "
+                         f"torchrun out")
+    pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height,
+                             args.width, args.tiling, args.bf16, args.chunks)
+    grid = times or flowmap.time_grid(args.steps, args.shift or pipeline.config["shift"])
+    options = sampling_options(args, pipeline, stage)
+    captions = [prompt for prompt in prompts for _ in range(args.per_prompt)]
+    seeds = list(range(args.seed, args.seed + len(captions)))
+    if args.stream:
+        if len(captions) > 1:
+            raise ValueError("--stream takes one prompt and one clip")
+        if args.tiling:
+            raise ValueError("--stream and --tiling: give one of them; a stream is not decoded in "
+                             "tiles")
+        prepare(pipeline, captions, options)
+        pieces = stream(pipeline, captions, seeds, grid, **options)
+        stream_to(args.out, pieces, pipeline.fps)
+    elif args.save_latents:
+        save_latents(args, stage, world, pipeline, captions, seeds, grid, options)
+    else:
+        write_clips(args, stage, world, pipeline, captions, seeds, grid, options)
 
 
 def prepare(pipeline: Pipeline, captions: list[str], options: dict) -> None:

@@ -36,7 +36,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--to", type=Path, help="export: the new folder, or NAME.safetensors for "
                         "the adapter alone (default none)")
     parser.add_argument("--base", type=Path, help="export: a Wan pipeline folder, for text "
-                        "encoder, tokenizer and autoencoder (default none)")
+                        "encoder, tokenizer and autoencoder; also weights that an adapter's are "
+                        "no longer where they were (default none)")
     parser.add_argument("--copy", action="store_true",
                         help="export: copy them from --base (default off: link)")
     args = parser.parse(argv)
@@ -434,19 +435,17 @@ def complete(adapter: Mapping, config: ModelConfig, base: Mapping) -> Mapping:
 
 def export(stage, to, base=None, copy: bool = False) -> Path:
     """Write a finished stage as a Diffusers pipeline folder: AnyFlowPipeline, or AnyFlowFARPipeline
-    for a causal network. Or Wan's weights as the flow map that training starts from, for adapters
-    that are kept apart (`export_adapter`).
+    for a causal network. Or Wan's weights, or a teacher's, as the flow map that training starts
+    from, for adapters that are kept apart (`export_adapter`).
 
     base: a Wan pipeline folder whose text encoder, tokenizer and autoencoder are linked, or copied
-    with `copy`. Raises ValueError for a network that Diffusers' classes cannot hold (a toy one, or
-    a teacher without a second time).
+    with `copy`. Raises ValueError for a network that Diffusers' classes cannot hold, as a toy one.
     """
     stage, to = Path(stage), Path(to)
-    if (stage / "model.safetensors").exists() or not stage.exists():
-        config, state = load(stage, base=base)
+    config, state = load(stage, second_time=True, base=base)
+    if (stage / "model.safetensors").exists():
         record = record_of(stage, "chunks", "shift")
     else:
-        config, state = load(stage, second_time=True)
         record = read_record(stage, config)
     theirs = diffusers_config(stage, config, record)
     if to.exists() and any(to.iterdir()):
@@ -462,10 +461,9 @@ def diffusers_config(stage, c: ModelConfig, record: dict) -> dict:
     if c.image_channels:
         raise ValueError(f"{stage}: Diffusers has no class for a flow map with Wan2.1-I2V's image "
                          f"inputs")
-    if c.output_skip or c.time_scale != 1000 or c.added or not c.second_time:
+    if c.output_skip or c.time_scale != 1000 or c.added:
         raise ValueError(f"{stage}: Diffusers has no class for it: output_skip {c.output_skip} "
-                         f"(must be 0), time_scale {c.time_scale} (1000), added {c.added} (False), "
-                         f"second_time {c.second_time} (True: stage flowmap or distill)")
+                         f"(must be 0), time_scale {c.time_scale} (1000), added {c.added} (False)")
     config = {
         "_class_name": "AnyFlowTransformer3DModel", "patch_size": [1, c.patch, c.patch],
         "num_attention_heads": c.heads, "attention_head_dim": c.dim // c.heads,
@@ -545,8 +543,8 @@ def export_adapter(stage, to) -> Path:
     return to
 
 
-def show(path: Path) -> None:
-    config, state = load(path)
+def show(path: Path, base=None) -> None:
+    config, state = load(path, base=base)
     with torch.device("meta"):
         count = sum(p.numel() for p in FlowMapDiT(config).parameters())
     print(f"{path}: {count:,} parameters in {len(state)} tensors, float32 "

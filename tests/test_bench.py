@@ -5,12 +5,14 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import bench
+import cli
 import distributed
 import flops
 import meanflow
@@ -176,7 +178,7 @@ def test_what_a_gpu_is_asked_runs_here():
 
 def test_costs_are_those_of_the_papers_loss_by_rollout_and_steps(monkeypatch):
     """In calls of a network in place of seconds, which a busy machine spreads."""
-    run, count = FlowMapDiT.run, []
+    run, count = FlowMapDiT.run_blocks, []
 
     def counted_run(*args, **kwargs):
         count.append(1)
@@ -189,7 +191,7 @@ def test_costs_are_those_of_the_papers_loss_by_rollout_and_steps(monkeypatch):
             call()
             found[name] = len(count)
         return found
-    monkeypatch.setattr(FlowMapDiT, "run", counted_run)
+    monkeypatch.setattr(FlowMapDiT, "run_blocks", counted_run)
     monkeypatch.setattr(speed, "medians", calls_of)
     # At 2 steps a rollout has two calls, like DMD's teacher; the fake score has two as well, the
     # forward loss four: u_c, u_0, and the derivative's.
@@ -299,8 +301,8 @@ def test_recipes_take_as_many_clips_at_once_as_the_plan(preset):
     for stage in STAGES:
         base = ["--base", "weights"] if stage == "pretrain" else []
         c = parse_config(["--preset", preset, "--stage", stage, *base])
-        args, parser = bench.parse_args(["plan", "--preset", preset])
-        planned = bench.case_of(args, stage, c.checkpointing, parser).c
+        args = bench.parse_args(["plan", "--preset", preset])
+        planned = bench.case_of(args, stage, c.checkpointing).c
         assert c.micro_batch == planned.micro_batch == 1
         for name in ("lora_rank", "lora_alpha", "checkpointing", "bf16"):
             assert getattr(c, name) == getattr(planned, name), name
@@ -316,7 +318,8 @@ def test_command_line(capsys):
     wan = "--preset wan-14b --frames"
     for flags, message in ((f"{wan} 80", "4 n + 1"), ("--gpus 0", "at least 1"),
                            (f"{wan} 41 --causal", "are for 81 frames"),
+                           ("--preset wan-5b --causal", "multiples of 64"),
                            ("--causal --stage pretrain", "the teacher sees whole clips")):
         with pytest.raises(SystemExit):
-            bench.main(["plan", *flags.split()])
+            cli.run(partial(bench.main, ["plan", *flags.split()]))
         assert message in capsys.readouterr().err

@@ -352,6 +352,42 @@ def test_evaluation_draws_what_training_does_not(twenty, tmp_path_factory, monke
     assert sets == [Folder(twenty, 4, 16, held_out=True).stored]
 
 
+def test_what_is_held_out_is_drawn_file_by_file_each_time_from_all(twenty):
+    """Statistics of independent samples are asked of it; training sees all in each epoch."""
+    for held_out in (False, True):
+        folder = Folder(twenty, 4, 16)
+        folder.held_out = held_out                   # of its own clip there is one
+        texts = folder.clips(range(300 * len(folder)), seed=3)[1]
+        counts = torch.tensor([texts.count(text) for text in sorted(set(texts))]).double()
+        assert len(counts) == len(folder) > 1
+        if held_out:                                 # of as many independent draws as there are
+            expected = 300 * (1 - 1 / len(folder))
+            assert 0 < (counts - 300).square().mean() < 9 * expected
+        else:
+            assert set(counts.tolist()) == {300}
+
+
+def test_ffmpeg_that_is_stopped_is_no_damaged_video(twenty, tmp_path_factory, monkeypatch):
+    """By a signal or for want of memory: else a good clip would be missing in the set of the run.
+    It runs in a session of its own, where Ctrl-C in the terminal does not reach it."""
+    folder = tmp_path_factory.mktemp("bin")
+    monkeypatch.setattr(data_module, "CACHE", folder / "cache")
+    for i, end in enumerate(("exit 255", "kill -TERM $$", "kill -KILL $$")):
+        stopped = folder / f"ffmpeg-{i}"
+        stopped.write_text(f"#!/bin/sh\nps -o sid= -p $$ > {folder}/session\n{end}\n")
+        stopped.chmod(0o755)
+        monkeypatch.setattr(media, "get_ffmpeg_exe", lambda path=stopped: str(path))
+        with pytest.raises(ChildProcessError, match="ffmpeg was stopped"):
+            Folder(twenty, 4, 16)
+        assert int((folder / "session").read_text()) != os.getsid(0)
+
+
+def test_shards_that_are_not_finished_are_not_taken_for_a_folder_of_videos(tmp_path):
+    (tmp_path / "made_by.json").write_text("{}")
+    with pytest.raises(ValueError, match="no finished shards: run the command"):
+        open_data(str(tmp_path))
+
+
 def test_a_folder_has_one_name():
     assert {parse_config(["--data", name]).data for name in ("clips/", "./clips", "clips")} == {
         "clips"}

@@ -231,6 +231,7 @@ def test_a_run_of_adapters_from_base_to_clip(tmp_path):
     with pytest.raises(ValueError, match="adapts the weights .*not there: put them there again"):
         run("distill", "--fresh")
     _, state = wan.load(stage, base=moved)
+    wan.main(["show", str(stage), "--base", str(moved)])
     merged = FlowMapDiT(config)
     checkpoint.load_weights(merged, state, stage)
     # In place of the adapter:

@@ -282,7 +282,9 @@ def test_eval_writes_table_figure_and_sheets(finished, tmp_path, evaluation_set,
     assert results["real_accuracy"]["all"] >= 0.99 and results["real_fd"] > 0
     for name in ("table.md", "distill.png", "distill.gif", "flowmap-consistency.png"):
         assert (tmp_path / name).stat().st_size > 0
-    assert "| distill | 2 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| distill | 2 |" in out
+    assert "--count 48: energy distances are biased" in out and "from 96 up" in out
 
 
 def test_eval_measures_drift_along_long_causal_clips(finished, tmp_path, evaluation_set,

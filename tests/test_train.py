@@ -156,6 +156,11 @@ def test_a_restart_of_a_fresh_start_goes_on(finished, tmp_path, monkeypatch, cap
         trained(run, "flowmap", "--fresh", "--steps", str(1 + i))
         out = capsys.readouterr()
         assert (f"resumed from update {i}" in out.out + out.err) == resumed
+    # In each container torchrun may be process 1, of the run "none".
+    before = distributed.launch()
+    assert distributed.is_restart(before) and before["torchrun"].split()[-1].isdecimal()
+    monkeypatch.setattr(distributed, "begin_of", lambda process: "0")
+    assert not distributed.is_restart(before)
 
 
 @pytest.mark.parametrize("change", [("--steps", "2"), ("--seed", "5", "--fresh")],
@@ -485,3 +490,11 @@ def test_a_causal_student_starts_from_the_bidirectional_teacher(finished, tmp_pa
     for name, tensor in mine.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-8)
     assert_same_files(folder / "codec.safetensors", run / "pretrain" / "codec.safetensors")
+
+
+def test_clips_that_compressed_chunks_cannot_take_are_refused_before_training(tmp_path):
+    run = tmp_path / "run"
+    trained(run, "pretrain", "--size", "12", "--steps", "1")     # latents of 3 x 3
+    with pytest.raises(ValueError, match="takes multiples of 2: .* another size, or .*-chunks 0"):
+        trained(run, "causal-flowmap", "--steps", "1")
+    trained(run, "causal-flowmap", "--steps", "1", "--full-chunks", "0")

@@ -271,8 +271,6 @@ def test_an_exported_model_samples_alike_in_diffusers(tmp_path, causal, first_fr
 def test_export_refuses_what_diffusers_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="output_skip 1.0"):
         wan.export(finished_stage(tmp_path / "toy", PRESETS["tiny"]), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"second_time False \(True: stage flowmap or distill\)"):
-        wan.export(finished_stage(tmp_path / "plain", PLAIN), tmp_path / "out")
     with pytest.raises(ValueError, match="--full-chunks above 0"):
         wan.export(finished_stage(tmp_path / "full", SMALL, (1, 2)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -281,6 +279,17 @@ def test_export_refuses_what_diffusers_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="is not empty"):
         wan.export(finished_stage(tmp_path / "good", SMALL), tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_a_teacher_is_exported_as_the_flow_map_that_training_starts_from(tmp_path):
+    """On which an adapter that was trained on it, and is exported alone, is loaded."""
+    config, state = wan.load(wan.export(finished_stage(tmp_path / "pretrain", PLAIN),
+                                        tmp_path / "out"))
+    assert config == SMALL
+    for name, tensor in state_of(PLAIN).items():
+        assert torch.equal(state[name], tensor)
+        if name.startswith("time_embed."):
+            assert torch.equal(state[name.replace("time_embed.", "r_embed.")], tensor)
 
 
 def test_export_takes_the_other_parts_from_the_base(tmp_path):

@@ -4,7 +4,7 @@ Pure functions of a callable u(z, t, r) and a grid 1 = t_0 > ... > t_N = 0, the 
 """
 import torch
 
-from flowmap import check_grid, consistency_sample, flow_map, interpolate
+from flowmap import check_grid, consistency_sample, euler_sample, flow_map, interpolate
 
 
 def flow_map_simulation(u, z_1: torch.Tensor, grid, step: int, renoise=None) -> torch.Tensor:
@@ -21,25 +21,20 @@ def flow_map_simulation(u, z_1: torch.Tensor, grid, step: int, renoise=None) -> 
     check_grid(grid)
     if not 0 <= step < len(grid) - 1:
         raise ValueError(f"step {step} of a rollout of {len(grid) - 1} steps")
-    z, levels = z_1, sorted({1.0, grid[step], grid[step + 1], 0.0}, reverse=True)
-    for t, r in zip(levels, levels[1:]):
-        t, r = (torch.full((len(z),), time, device=z.device) for time in (t, r))
-        z = flow_map(u, z, t, r)
-    return z
+    # A rollout over these times alone, of which two are the same at k = 0 and at k = N - 1.
+    return euler_sample(u, z_1, sorted({1.0, grid[step], grid[step + 1], 0.0}, reverse=True))
 
 
 def consistency_simulation(u, z_1: torch.Tensor, grid, step: int, renoise) -> torch.Tensor:
     """The baseline: N calls of the consistency sampler, gradient through the last one only.
     renoise: as for flowmap.consistency_sample."""
     check_grid(grid)
-    z = z_1
+    z, t = z_1, torch.full((len(z_1),), grid[-2], device=z_1.device)
     if len(grid) > 2:
         with torch.no_grad():
             # The sampler over all but the last level ends clean, and is noised to that level again.
-            z = consistency_sample(u, z, [*grid[:-2], 0.0], renoise)
-            t = torch.full((len(z),), grid[-2], device=z.device)
-            z = interpolate(z, renoise(z.shape[1:]).to(z), t)
-    t = torch.full((len(z),), grid[-2], device=z.device)
+            x = consistency_sample(u, z_1, [*grid[:-2], 0.0], renoise)
+            z = interpolate(x, renoise(x.shape[1:]).to(x), t)
     return flow_map(u, z, t, torch.zeros_like(t))
 
 

@@ -96,8 +96,8 @@ def teacher_forced(network, x: torch.Tensor, context, chunks, full_chunks: int) 
     if not isinstance(context, Context):
         context = Context(context)
     chunks = tuple(chunks)
-    count = max(0, len(chunks) - full_chunks) if full_chunks else 0
-    old, new = chunks[:count], chunks[count:]
+    full = full_chunks or len(chunks)
+    old, new = chunks[:-full], chunks[-full:]
     start, last = sum(old), sum(chunks[:-1])
     cache = ()
     if old:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import cache, partial
 from pathlib import Path
 
@@ -47,20 +47,22 @@ class Tensors(Mapping):
         return len(self.makers)
 
 
-@dataclass
 class Trainable:
     """A network (or an adapter, lora.Adapted) that is trained, its AdamW state and, optionally, the
     EMA of its weights (fp32, sharded alike)."""
-    network: torch.nn.Module
-    optimizer: torch.optim.AdamW
-    ema: dict | None = None
 
-    def __post_init__(self):
+    def __init__(self, network, lr: float, betas, weight_decay: float, with_ema: bool):
+        self.network = network
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=betas,
+                                           weight_decay=weight_decay, fused=True)
         # AdamW makes its state at the first step; made here, saving has no special first case.
         for p in self.optimizer.param_groups[0]["params"]:
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                                        "exp_avg": torch.zeros_like(p),
                                        "exp_avg_sq": torch.zeros_like(p)}
+        self.ema = None
+        if with_ema:
+            self.ema = {name: p.detach().clone() for name, p in network.named_parameters()}
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
@@ -78,15 +80,6 @@ class Trainable:
             if self.ema is not None:
                 out[f"{prefix}.ema.{name}"] = self.ema[name]
         return out
-
-
-def trainable(network, lr: float, betas, weight_decay: float, with_ema: bool) -> Trainable:
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=betas,
-                                  weight_decay=weight_decay, fused=True)
-    ema = None
-    if with_ema:
-        ema = {name: p.detach().clone() for name, p in network.named_parameters()}
-    return Trainable(network, optimizer, ema)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

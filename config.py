@@ -12,8 +12,8 @@ import cli
 from cli import flag
 
 STAGES = ("pretrain", "flowmap", "distill")
-# What may be chosen, by name: what has these names is not imported, so that --help waits for no
-# torch.
+# Names that flags accept. They stand here, too, as importing what has them would make --help wait
+# for torch.
 PRESETS = ("tiny", "toy", "wan-1.3b", "wan-5b", "wan-14b")
 DERIVATIVES = ("finite-difference", "jvp")
 TIME_EMBEDDINGS = ("interpolated", "added")
@@ -79,8 +79,8 @@ class Config:
                         "changing scale")
     weight_decay: float = flag(0.0, "none, as in the released recipe")
     clip: float = flag(1.0, "gradients are scaled down to this norm")
-    ema_decay: float = flag(0.99, "decay of the weights' moving average, which is sampled")
-    ema_start: int = flag(100, "update at which the average starts, by copying the weights")
+    ema_decay: float = flag(0.99, "decay of the EMA of the weights, which is what is sampled")
+    ema_start: int = flag(100, "update at which the EMA starts, as a copy of the weights")
     text_drop: float = flag(0.1, "fraction of prompts replaced by the empty one; guidance needs it")
     # --- the forward loss, of flowmap and of distill's co-training
     shift: float = flag(5.0, "timestep shift s: more of training and sampling goes to high noise; "
@@ -107,9 +107,9 @@ class Config:
                                "wrong maps that satisfy the identity. 0 to go on with a flow map")
     weight_before_balance: bool = flag(False, "the released order, in which w(t) cancels for r < t")
     flow_fraction: float = flag(0.5, "fraction of the batch with r = t")
-    flow_times: str = flag("larger", "t of rows with r = t: the larger of two draws, as where "
-                           "r < t, or either, which is small more often: many steps need that",
-                           choices=FLOW_TIMES)
+    flow_times: str = flag("larger", "how t is drawn where r = t: the larger of two draws, as "
+                           "where r < t, or either one, which is small more often: many sampling "
+                           "steps need that", choices=FLOW_TIMES)
     consistency_fraction: float = flag(0.25, "fraction with r = 0; 1 - flow fraction makes a "
                                        "consistency model")
     bidirectional_fraction: float = flag(0.0, "causal flowmap: fraction of updates that add flow "
@@ -280,17 +280,13 @@ def default_run(given: dict) -> str:
 
 def taken_over(run: Path, stage: str, causal: bool, fresh: bool) -> dict:
     """Settings of the stage, if it was begun; else those that the stage before hands on."""
-    own = [field.name for field in fields(Config) if field.name != "fresh"]
+    own = {} if fresh else record_of(run / folder_of(stage, causal))
+    if own:                                          # a setting newer than it was at its default
+        found = asdict(Config()) | own.get("config", {})
+        return {field.name: found[field.name] for field in fields(Config) if field.name != "fresh"}
     before = stage_before(stage)
-    places = [] if fresh else [(folder_of(stage, causal), own)]
-    places += [(folder_of(before, causal), INHERITED[before])] if before else []
-    for folder, names in places:
-        if record := record_of(run / folder):
-            found = record.get("config", {})
-            if names is own:                         # a setting newer than it was at its default
-                found = asdict(Config()) | found
-            return {name: found[name] for name in names if name in found}
-    return {}
+    found = record_of(run / folder_of(before, causal)).get("config", {}) if before else {}
+    return {name: found[name] for name in INHERITED.get(before, ()) if name in found}
 
 
 def record_of(stage, *needed: str) -> dict:
@@ -412,6 +408,16 @@ def chunks_of(c: Config, frames: int) -> tuple[int, ...]:
         raise ValueError(f"--chunks {c.chunks}: add up to {sum(chunks)}, but clips have {frames} "
                          "latent frames")
     return chunks
+
+
+def micro_batch(c: Config, processes: int) -> int:
+    """Samples that a process takes at once."""
+    return c.micro_batch or max(1, c.batch_size // processes)
+
+
+def micro_steps(c: Config, processes: int) -> int:
+    """Micro-batches of an update on each process."""
+    return c.batch_size // (processes * micro_batch(c, processes))
 
 
 def learning_rate(c: Config, step: int, peak: float) -> float:

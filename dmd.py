@@ -18,7 +18,8 @@ from flowmap import expand, flow_matching_error, interpolate
 def dmd_gradient(z_0: torch.Tensor, n: torch.Tensor, tau: torch.Tensor, real, fake) -> torch.Tensor:
     """grad, in fp32, each sample with its own normaliser.
 
-    x_fake - x_real is taken as tau (u_real - u_fake): the z_tau of both would round it away.
+    x_fake - x_real is computed as tau (u_real - u_fake): subtracting the two would lose digits, as
+    both contain z_tau.
     """
     z_tau = interpolate(z_0, n, tau)
     u_real, u_fake = real(z_tau, tau, tau), fake(z_tau, tau, tau)

@@ -53,13 +53,13 @@ class PatchPCA:
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """(B, T, 3, H, W) -> (B, F, C, h, w). ValueError if the patch does not divide T, H, W."""
         x = split_patches(video.float(), self.patch)             # (B, F, h, w, P)
-        z = (x - self.mean.to(x.device)) @ self.basis.to(x.device) / self.scale.to(x.device)
+        z = (x - self.mean) @ self.basis / self.scale
         return z.permute(0, 1, 4, 2, 3).contiguous()             # (B, F, C, h, w)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, F, C, h, w) -> (B, T, 3, H, W), clamped to [-1, 1]."""
-        z = latents.float().permute(0, 1, 3, 4, 2) * self.scale.to(latents.device)
-        x = z @ self.basis.to(z.device).T + self.mean.to(z.device)        # (B, F, h, w, P)
+        z = latents.float().permute(0, 1, 3, 4, 2) * self.scale
+        x = z @ self.basis.T + self.mean                                  # (B, F, h, w, P)
         x = x.unflatten(4, (self.patch[0], 3, *self.patch[1:]))           # (B, F, h, w, 2, 3, 4, 4)
         x = x.permute(0, 1, 4, 5, 2, 6, 3, 7)                             # (B, F, 2, 3, h, 4, w, 4)
         return x.flatten(6, 7).flatten(4, 5).flatten(1, 2).clamp(-1, 1)
@@ -159,7 +159,7 @@ class Encoded:
         return self.codec.encode(video), self.words(captions), {}
 
 
-# What Wan was given as the empty prompt: the standard negative one of its authors.
+# Wan's standard negative prompt, which takes the place of the empty one.
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"

@@ -85,7 +85,7 @@ def batch_of(case: plan.Case) -> updates.Batch:
     roles = flow, CLIPS // 4, CLIPS - flow - CLIPS // 4
     guided = torch.arange(round((1 - c.text_drop) * CLIPS))
     rows = {f.name: rows_of(getattr(one, f.name)) for f in fields(one)}
-    many = updates.Batch(**rows | {"roles": roles, "guided": guided, "whole_t": None})
+    many = updates.Batch(**rows | {"roles": roles, "guided_rows": guided, "whole_t": None})
     for name in ("rollout", "fake_rollout"):
         if found := getattr(one, name):
             setattr(many, name, replace(found, z_1=rows_of(found.z_1),
@@ -149,7 +149,7 @@ def expected(case: plan.Case) -> tuple[Counter, Counter]:
     nets, c, _ = without_memory(replace(case, c=replace(case.c, checkpointing=0)), CLIPS)
     batch, student = batch_of(case), nets["student"]
     needed, released = Counter(), Counter()
-    guided, gap = len(batch.guided) / CLIPS, 1 - batch.roles[0] / CLIPS
+    guided, gap = len(batch.guided_rows) / CLIPS, 1 - batch.roles[0] / CLIPS
 
     def past():
         return updates.clean_past(student, batch, batch.text, c)
@@ -202,7 +202,7 @@ def encoded_again(student, batch, c) -> int:
 def by_layers(case: plan.Case, counts) -> list[Counter]:
     """counts(case), of a deep network, from networks of 2 and of 3 times the blocks in which
     checkpointing repeats: every further one adds the same."""
-    unit = max(1, int(case.c.checkpointing))
+    unit = max(1, case.c.checkpointing)
     few, more = (counts(replace(case, config=replace(case.config, layers=n * unit)))
                  for n in (2, 3))
     steps = case.config.layers / unit - 2

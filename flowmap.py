@@ -34,8 +34,8 @@ def guided(u_c, u_0, scale: float):
 
 
 def watched(u, on_step):
-    """The callable u, telling on_step after each call where it leads: to z_r, for the consistency
-    sampler to its z_0 before it is noised again."""
+    """The callable u, which after each call tells on_step the point that it jumps to: z_r, or the
+    consistency sampler's z_0 before it is noised again."""
     def seen(z, t, r):
         velocity = u(z, t, r)
         on_step(z - expand(t - r, z) * velocity)
@@ -147,8 +147,8 @@ def flow_map_times(generator: torch.Generator, count: int, shift: float,
     are stratified: with one random offset o, sample i has position (i + o) / count on [0, 1). Every
     role has its exact expected share at any count from 1 up; 2 or more have an r = t sample.
 
-    flow_times: "larger" gives an r = t sample the larger draw, too. "either" gives it any of the
-    two, as it needs no smaller one: 21 times as many of them lie below 0.2 at shift 5.
+    flow_times: "larger" gives an r = t sample the larger draw, too. "either" gives it the first
+    draw, uniform before the shift: at shift 5 21 times as many of these samples lie below 0.2.
     """
     pair = torch.rand(2, count, generator=generator)
     position = (torch.arange(count) + torch.rand(1, generator=generator)) / count

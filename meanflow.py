@@ -43,7 +43,7 @@ DERIVATIVES = {"finite-difference": finite_difference, "jvp": exact_derivative}
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the forward loss."""
+    """Settings of the forward loss."""
     guidance: float = 3.0        # w; 1 is none, which also saves the u_0 pass
     epsilon: float = 0.005       # half width of the finite difference
     derivative: str = "finite-difference"
@@ -56,10 +56,10 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
 
     context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose
     prompt is the empty one; their u_c and u_0 are one output, trained towards the plain velocity.
-    guided_rows: numbers of rows, all that are not dropped at least; null_context is of these, and
-    None where there are none.
-    flow_rows: how many rows, the first ones, need no derivative: r = t multiplies it by zero. A
-    number, since asking the tensors would make the host wait for a GPU.
+    guided_rows: indices of the rows that get a u_0, at least all that are not dropped. null_context
+    has these rows alone, and is None where there are none.
+    flow_rows: number of leading rows with r = t, where dF/dt is multiplied by zero: it is not
+    computed. A Python int: to read it from t and r would make the host wait for the GPU.
     v: velocity at z_t in place of the data's n - x, such as a teacher's.
     tangent: factor of dF/dt in the target, below 1 while it warms up.
     """
@@ -74,35 +74,26 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
 
     target = v
     if flow_rows < len(t):
-        rows = slice(flow_rows, None)
-        u = conditioned(network, context[rows])
-        levels = torch.where(r < t, r, 0.0)      # at r = t any will do that leaves room below t
+        rest = slice(flow_rows, None)
+        u = conditioned(network, context[rest])
+        # Where r = t the factor is 0, and any lower end below t will do.
+        lower = torch.where(r < t, r, 0.0)
         derivative = DERIVATIVES[settings.derivative]
-        dF_dt = derivative(u, z_t[rows], t[rows], levels[rows], v[rows], settings.epsilon)
-        change = expand(tangent * (t - r)[rows] / w[rows], dF_dt) * dF_dt
-        target = torch.cat([v[:flow_rows], v[rows] - change])
+        dF_dt = derivative(u, z_t[rest], t[rest], lower[rest], v[rest], settings.epsilon)
+        change = expand(tangent * (t - r)[rest] / w[rest], dF_dt) * dF_dt
+        target = torch.cat([v[:flow_rows], v[rest] - change])
     return (F - target).square().flatten(1).mean(1)
 
 
-def balance_error(err, weight, weight_before_balance: bool = False):
-    """The error (B,) that is balanced: err or, in the released order, err w(t). Its mean over the
-    r = t rows of the GLOBAL batch is mu."""
-    return err * weight if weight_before_balance else err
+def balanced_loss(error, t, r, flow_error, fixed: float = 0.0):
+    """Adaptive balance (B,): where r < t an error is scaled by mu / (error + 1e-5), so that the
+    regression at r = t sets the scale and a large gap cannot blow up.
 
-
-def balanced_loss(err, t, r, weight, flow_error, weight_before_balance: bool = False,
-                  fixed: float = 0.0):
-    """Adaptive balance (B,): rows with r < t are scaled by mu / (error + 1e-5), error being that of
-    `balance_error`, so that the regression at r = t sets the scale and a large gap cannot blow up.
-
-    err (B,), weight (B,) = w(t), flow_error: mu, a float or a tensor without gradient.
-    weight_before_balance: the released order, in which w(t) cancels for every row with r < t;
-    otherwise it applies after the balance, to all rows.
+    error (B,). flow_error: mu, the mean error of the r = t rows of the GLOBAL batch, a float or a
+    tensor without gradient.
     fixed: where r = t errors vanish, a scale b in place of mu: b / (error + b), which leaves errors
     below b a plain square. 0: none.
     """
-    error = balance_error(err, weight, weight_before_balance)
     mu, small = (fixed, fixed) if fixed else (flow_error, 1e-5)
     scale = mu * (error.detach() + small).reciprocal()
-    scale = torch.where(r < t, scale, torch.ones_like(error))
-    return scale * error if weight_before_balance else scale * error * weight
+    return torch.where(r < t, scale, 1.0) * error

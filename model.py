@@ -261,12 +261,12 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(c.dim, c.heads)
         self.cross_attn = Attention(c.dim, c.heads, image=c.image_dim > 0)
-        self.norm_cross = nn.LayerNorm(c.dim, eps=1e-6)          # the only norm with weights
+        self.norm_cross = nn.LayerNorm(c.dim, eps=1e-6)          # the only LayerNorm with weights
         self.ffn = MLP(c.dim, c.ffn_dim, c.dim, gelu)
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
         self.checkpointing = False          # keep no activations, compute again in backward
 
-    def encode_prompt(self, text, image=None) -> tuple:
+    def encode_prompt(self, text, image) -> tuple:
         """Keys and values for cross-attention: of text tokens (B, T, D), then of image tokens
         (B, I, D), if any. For callers: under FSDP it gathers the block's weights and lets go of
         them, so `compute` cannot use it."""
@@ -278,7 +278,7 @@ class Block(nn.Module):
             keys_values += self.cross_attn.image_keys_values(image)
         return keys_values
 
-    def forward(self, x, modulation, text, image, rope, spans=None, cache=(), adapter: str = ""):
+    def forward(self, x, modulation, text, image, rope, spans, cache, adapter: str):
         """x (B, F, S, D) -> (x, keys and values of its tokens).
 
         modulation (B, F or 1, 6, D) in fp32; text (B, T, D) with image (B, I, D) or None, or what
@@ -338,13 +338,12 @@ class PatchEmbed(nn.Module):
 
 
 class FlowMapDiT(nn.Module):
-    """u(z, t, r, context). Weights may be bf16 (under FSDP's mixed precision, say), which is then
-    what blocks multiply in; times, norms, modulation and residual sums are computed, and the
-    velocity returned, in fp32.
+    """u(z, t, r, context). Blocks multiply in the dtype of the weights (bf16 under FSDP's mixed
+    precision). Times, norms, modulation, residual sums and the returned velocity are fp32.
 
-    With a backward pass to come, what is kept between blocks is rounded to the weights' type, as
-    are the embedded times. Without one (the finite difference, the scores of DMD, sampling) nothing
-    is: there small differences of two calls count.
+    When gradients are recorded, what passes from block to block is stored in the weights' dtype, as
+    are the embedded times. Without gradients (finite difference, DMD's scores, sampling) it stays
+    in fp32, since small differences between two calls matter there.
     """
 
     def __init__(self, config: ModelConfig):
@@ -405,7 +404,7 @@ class FlowMapDiT(nn.Module):
         t = t.float().view(len(z), -1)                                       # (B, F or 1)
         r = r.float().view(len(z), -1) if c.second_time else t
         e = self.embed_times(t, r, context.adapter)                          # (B, F or 1, D)
-        x, _ = self.run(z, self.patch_embed, e, context)                     # (B, F, S, D)
+        x, _ = self.run_blocks(z, self.patch_embed, e, context)                     # (B, F, S, D)
 
         modulation = self.head_modulation.float() + e.float().unsqueeze(2)   # (B, F or 1, 2, D)
         shift, scale = modulation.unsqueeze(3).unbind(2)
@@ -427,7 +426,7 @@ class FlowMapDiT(nn.Module):
         zero = torch.zeros(len(z), 1, device=z.device)
         e = self.embed_times(zero, zero, context.adapter)
         embed = self.far_patch_embed if compressed else self.patch_embed
-        _, layers = self.run(z, embed, e, context, prefill=True)
+        _, layers = self.run_blocks(z, embed, e, context, prefill=True)
         tokens = layers[0][0].shape[1] // z.shape[1]                         # of a frame
         stride = 2 if compressed else 1
         chunks, frame = [], 0
@@ -468,7 +467,7 @@ class FlowMapDiT(nn.Module):
             e = e + e_r if c.added else (1 - c.gate) * e + c.gate * e_r
         return e
 
-    def run(self, z, embed: PatchEmbed, e, context: Context, prefill: bool = False) -> tuple:
+    def run_blocks(self, z, embed: PatchEmbed, e, context: Context, prefill: bool = False) -> tuple:
         """The blocks: latents z through the patch embedding `embed`, modulated by e -> tokens
         (B, F, S, D) after the last block and, in a prefill, keys and values of every layer."""
         c = self.config

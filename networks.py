@@ -100,12 +100,12 @@ def fill(nets: dict, weights: Weights, c: Config, world) -> None:
 def trainables(c: Config, nets: dict) -> dict[str, checkpoint.Trainable]:
     """What is trained, with optimisers; the teacher is frozen."""
     betas = (c.beta1, c.beta2)
-    student = checkpoint.trainable(nets["student"], c.lr, betas, c.weight_decay, with_ema=True)
+    student = checkpoint.Trainable(nets["student"], c.lr, betas, c.weight_decay, with_ema=True)
     if "teacher" in nets:
         nets["teacher"].requires_grad_(False)
     if c.stage != "distill":
         return {"student": student}
-    fake = checkpoint.trainable(nets["fake"], c.fake_lr, betas, c.weight_decay, with_ema=False)
+    fake = checkpoint.Trainable(nets["fake"], c.fake_lr, betas, c.weight_decay, with_ema=False)
     return {"student": student, "fake": fake}
 
 
@@ -142,8 +142,8 @@ def find_weights(c: Config) -> Weights:
         teacher = student if c.lora_rank else origins["teacher"]
         teacher_config = wan.load(teacher)[0]
         if teacher_config.second_time:
-            without = "; or go on without one: --velocity data --balance 0 --tangent-warmup 0"
-            without = "" if c.stage == "distill" else without
+            without = ("" if c.stage == "distill" else
+                       "; or go on without one: --velocity data --balance 0 --tangent-warmup 0")
             raise ValueError(f"stage {c.stage} needs stage pretrain, a teacher: {teacher} is a "
                              f"flow map. First run: {runs.first_command(c, 'pretrain')}{without}")
         check_alike(config, student, teacher_config, teacher)

@@ -54,8 +54,9 @@ def constant_batch(case: Case) -> updates.Batch:
     n = torch.randn(1, *case.shape)
     t, r, kept = torch.tensor([0.75]), torch.tensor([0.25]), torch.zeros(1, dtype=torch.bool)
     guided = torch.zeros(1, dtype=torch.long)
-    batch = updates.Batch(x, n[:, start:], text, text, kept, guided, {}, chunks, start, t, r,
-                          (0, 0, 1), some_gap=True)
+    batch = updates.Batch(x=x, n=n[:, start:], text=text, null_text=text, dropped=kept,
+                          guided_rows=guided, conditioning={}, chunks=chunks, start=start, t=t, r=r,
+                          roles=(0, 0, 1), some_gap=True)
     if c.stage == "flowmap" and c.bidirectional_fraction:
         batch.whole_t, batch.whole_noise = t, n
     if c.stage == "distill":
@@ -192,7 +193,7 @@ def simulate(case: Case) -> dict:
             tensors = [*weights, *parts["student"].ema.values(), *states_of(parts)]
             for tensor in tensors:
                 ledger.hold(local(tensor))
-            with (patch.object(FlowMapDiT, "run", ledger.part_of(FlowMapDiT.run)),
+            with (patch.object(FlowMapDiT, "run_blocks", ledger.part_of(FlowMapDiT.run_blocks)),
                   patch.object(train, "backward", ledger.part_of(train.backward)),
                   patch.object(train, "optimizer_step", ledger.part_of(train.optimizer_step)),
                   ledger):
@@ -220,7 +221,7 @@ def memory_by_layers(case: Case) -> dict:
     """`memory` of a deep network, from those of 2 and of 3 layers (times N with checkpointing of
     every Nth): every further one adds the same, to the peak of each part too. Which part has the
     highest peak may change."""
-    unit = max(1, int(case.c.checkpointing))
+    unit = max(1, case.c.checkpointing)
     steps = case.config.layers / unit - 2
     if steps <= 1:
         return memory(case)
@@ -247,12 +248,15 @@ def checked_cases() -> list[Case]:
     return [*cases, replace(cases[-1], c=causal)]
 
 
+def resident(name: str) -> int:
+    """Bytes of this process: now ("VmRSS"), or at their peak ("VmHWM"). Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if name in line)
+
+
 def measure(case: Case) -> int:
     """Bytes of resident memory that one real update of a case takes at its peak on this process,
     from before its networks are made. For processes that torchrun started."""
-    def resident(name):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if name in line)
     world = distributed.start("cpu")
     distributed.barrier(world)
     torch.randn(64, 64) @ torch.randn(64, 64)

@@ -161,7 +161,7 @@ def flow_map_loss(net: Net, g: torch.Generator):
                                   prompt, prompt, dropped, meanflow.Settings(guidance=1.0),
                                   flow_rows=int((r == t).sum()))
     mu = err.detach()[r == t].mean()
-    return meanflow.balanced_loss(err, t, r, flowmap.time_weight(t, "beta", SHIFT), mu)
+    return meanflow.balanced_loss(err, t, r, mu) * flowmap.time_weight(t, "beta", SHIFT)
 
 
 def train_flow_map(teacher: Net, seed: int, updates: int) -> Net:

@@ -30,6 +30,7 @@ from config import (
     chunks_of,
     command,
     folder_of,
+    micro_batch,
     record_of,
     stage_before,
 )
@@ -114,7 +115,7 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
         if not place.exists():
             raise ValueError(f"stage {c.stage} needs {place}, which is not there any more: put it "
                              "there again, or train the run anew")
-    per_step = world.size * (c.micro_batch or max(1, c.batch_size // world.size))
+    per_step = world.size * micro_batch(c, world.size)
     if c.batch_size % per_step:
         raise ValueError(f"--batch-size {c.batch_size} is not a multiple of {per_step}: "
                          f"{world.size} processes times {per_step // world.size} samples "

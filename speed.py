@@ -177,13 +177,10 @@ def calls_of_both(config: ModelConfig, batch: int, shape, tokens: int, backward:
 
 def peak_of(call) -> int:
     """Bytes of resident memory that a call takes at its peak, above what was there. Linux."""
-    def resident(name):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if name in line)
     Path("/proc/self/clear_refs").write_text("5")                # the peak starts anew
-    before = resident("VmRSS")
+    before = plan.resident("VmRSS")
     call()
-    return resident("VmHWM") - before
+    return plan.resident("VmHWM") - before
 
 
 @torch.no_grad()

@@ -132,8 +132,7 @@ class Shapes:
     RADII = (3.4, 4.2)
 
     def __init__(self, frames: int = 8, size: int = 16, wrap: bool = False):
-        self.name, self.wrap = "loop" if wrap else "shapes", wrap
-        self.frames, self.size, self.scale = frames, size, size / 16
+        self.frames, self.size, self.scale, self.wrap = frames, size, size / 16, wrap
         self.speed = 5.6 * self.scale / max(frames - 1, 1)       # pixels a frame
         self.attributes = {"colour": list(COLOURS), "shape": ["circle", "square", "triangle"],
                            "direction": list(DIRECTIONS)}
@@ -220,7 +219,7 @@ class Digits:
     """
 
     def __init__(self, frames: int = 8, size: int = 16):
-        self.name, self.frames, self.size, self.scale = "digits", frames, size, size / 16
+        self.frames, self.size, self.scale = frames, size, size / 16
         self.speed = 4 * self.scale / max(frames - 1, 1)         # pixels a frame
         self.attributes = {"digit": DIGITS, "direction": list(DIRECTIONS)}
         self.captions = [f"a handwritten {n} moving {d}" for n, d in product(DIGITS, DIRECTIONS)]

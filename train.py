@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cli
-from config import Config, chunks_of, command, learning_rate, parse_config
+from config import Config, chunks_of, command, learning_rate, micro_steps, parse_config
 
 if __name__ == "__main__":
     cli.run(parse_config)    # answers --help and wrong flags, before what takes seconds to import
@@ -47,11 +47,10 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
     Returns the gradient norms."""
     student, norms, rolled_out = nets["student"], {}, []
     flow_errors = distributed.RunningMean(world)
-    micro_steps = updates.micro_steps(c, world)
     for micro_step, drawn in enumerate(batches):
-        last, batch = micro_step + 1 == micro_steps, drawn.to(world.device)
+        batch, last = drawn.to(world.device), micro_step + 1 == micro_steps(c, world.size)
         if c.stage == "pretrain":
-            err = updates.flow_matching_error(student, batch, c)
+            err = updates.flow_matching_error(student, batch)
             log.add("loss", err)
             backward(err, student, last, c, world)
         if c.stage == "distill":
@@ -78,12 +77,12 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
 
     if c.stage == "distill":
         for micro_step, (drawn, z_0) in enumerate(rolled_out):
-            batch = drawn.to(world.device)
+            batch, last = drawn.to(world.device), micro_step + 1 == len(rolled_out)
             if c.fake_rollout == "fresh":
                 z_0 = torch.cat(list(updates.roll_out(student, batch, batch.fake_rollout, c)), 1)
-            err = updates.fake_score_error(nets["fake"], batch, z_0, c)
+            err = updates.fake_score_error(nets["fake"], batch, z_0)
             log.add("fake", err)
-            backward(err, nets["fake"], micro_step + 1 == micro_steps, c, world)
+            backward(err, nets["fake"], last, c, world)
         fake_lr = learning_rate(c, step, c.fake_lr)
         norms["fake_grad_norm"] = optimizer_step(parts["fake"], fake_lr, c.clip)
     return norms
@@ -109,11 +108,12 @@ def balanced(err, batch, flow_errors, c: Config, log) -> torch.Tensor:
     """The forward loss (B,), scaled by the r = t errors of the global batch. Their rows come first
     in it, so the mean is complete by the time that the first r < t row needs it."""
     weight = time_weight(batch.t, c.time_weight, c.shift, c.either_share)
-    to_balance = meanflow.balance_error(err.detach(), weight, c.weight_before_balance)
+    # The released order weighs first: w(t) then cancels where r < t.
+    error = err * weight if c.weight_before_balance else err
     # A global batch of 1 may have no r = t row: then 1 sets the scale, as for u = 0.
-    mu = flow_errors.add(to_balance[:batch.roles[0]], default=1.0)
-    loss = meanflow.balanced_loss(err, batch.t, batch.r, weight, mu, c.weight_before_balance,
-                                  c.balance)
+    mu = flow_errors.add(error.detach()[:batch.roles[0]], default=1.0)
+    loss = meanflow.balanced_loss(error, batch.t, batch.r, mu, c.balance)
+    loss = loss if c.weight_before_balance else loss * weight
     log.add("loss", loss)
     for name, rows in zip(ROLES, err.split(batch.roles)):
         log.add(name, rows)
@@ -164,7 +164,8 @@ def train(c: Config) -> Path:
 def train_until(stopping: distributed.StopSignal, c: Config, source, nets: dict, parts: dict,
                 weights: networks.Weights, sums: dict, world) -> Path:
     """The updates of a stage whose folder is prepared, until the last one or a signal."""
-    stage, say = runs.stage_folder(c), tqdm.write if world.is_main else lambda text: None
+    stage = runs.stage_folder(c)
+    say = tqdm.write if world.is_main else lambda text: None
     counters = checkpoint.load_checkpoint(stage, parts, world, say)
     first, skipped = counters.get("step", 0), counters.get("skipped", 0)
     if first >= c.steps and distributed.on_main(lambda: checkpoint.has_model(stage), world):
@@ -185,11 +186,12 @@ def train_until(stopping: distributed.StopSignal, c: Config, source, nets: dict,
                mininterval=1.0, dynamic_ncols=True)
     for step in range(first, c.steps):
         batches = (updates.draw_batch(c, source, world, step, micro_step)
-                   for micro_step in range(updates.micro_steps(c, world)))
+                   for micro_step in range(micro_steps(c, world.size)))
         norms = update(c, nets, parts, batches, step, world, log)
 
         bad = not all(map(math.isfinite, norms.values()))
-        skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
+        skipped += bad
+        in_a_row = in_a_row + 1 if bad else 0
         if in_a_row >= c.max_skips:
             saved = checkpoint.checkpoints(stage)
             kept = f"{saved[-1]} is kept" if saved else "No checkpoint was saved before"

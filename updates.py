@@ -15,7 +15,7 @@ import dmd
 import flowmap
 import meanflow
 from cache import Context, append_chunk, teacher_forced
-from config import STAGES, Config, chunks_of
+from config import STAGES, Config, chunks_of, micro_batch
 from distributed import sent
 
 
@@ -40,7 +40,7 @@ class Batch:
     text: torch.Tensor           # prompts (B, T, text_dim)
     null_text: torch.Tensor      # empty prompts
     dropped: torch.Tensor        # (B,) bool: prompts that forward losses replace by the empty one
-    guided: torch.Tensor         # the other rows' numbers, for which alone u_0 is asked
+    guided_rows: torch.Tensor    # indices of the rows that keep theirs: only these need u_0
     conditioning: dict           # of image-to-video networks, by names of cache.Context
     chunks: tuple
     start: int
@@ -58,22 +58,22 @@ class Batch:
     fake_t: torch.Tensor | None = None       # times (B,) of the fake score's loss
     fake_noise: torch.Tensor | None = None
 
+    def context(self, text) -> Context:
+        """What a network is told of whole clips with these prompts."""
+        return Context(text, **self.conditioning)
+
     def to(self, device) -> "Batch":
-        """The same on a device; not the rollouts, whose noise is moved when it is used."""
+        """The same with all tensors on a device, but for the noise of rollouts, which moves when
+        it is used."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {n: sent(v, device) for n, v in values.items() if isinstance(v, torch.Tensor)}
         conditioning = {name: sent(v, device) for name, v in self.conditioning.items()}
         return replace(self, **moved, conditioning=conditioning)
 
 
-def micro_batch(c: Config, world) -> int:
-    """Samples that a process takes at once."""
-    return c.micro_batch or max(1, c.batch_size // world.size)
-
-
-def micro_steps(c: Config, world) -> int:
-    """Micro-batches of an update on each process."""
-    return c.batch_size // (world.size * micro_batch(c, world))
+# A stage draws its clips with the seed of training, below 10^6, plus its number times this; seeds
+# from 10^6 to 2 * 10^6 are left to eval.py.
+SEEDS_A_STAGE = 2 * 10**6
 
 
 def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
@@ -81,7 +81,7 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     gives, behind its encoders."""
     stage = STAGES.index(c.stage)
     keys = c.seed, 10**7 * stage + step              # no stage draws what another drew
-    count, shape = micro_batch(c, world), source.latent_shape
+    count, shape = micro_batch(c, world.size), source.latent_shape
     slots = distributed.slots(world, count, micro_step)
 
     def generator(purpose: str) -> torch.Generator:
@@ -100,17 +100,18 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     else:
         t, r = flowmap.flow_map_times(generator("time"), c.batch_size, c.shift, c.flow_fraction,
                                       c.consistency_fraction, c.flow_times)
-    first = int(slots[0]) - world.rank
+    first = micro_step * world.size * count
     everyone = slice(first, first + world.size * count)      # the slots of all ranks, this time
     guided = (~dropped[slots]).nonzero()[:, 0]
     if not len(guided) and not dropped[everyone].all():
         guided = torch.zeros(1, dtype=torch.long)    # under FSDP all ranks make the same calls
     if len(guided) and c.compile:
         guided = torch.arange(count)                 # every other size would be compiled, too
-    conditioning = {name: conditioning[name] for name in source.conditioning}
-    batch = Batch(x, noise("noise")[:, start:sum(chunks)], text, source.null_text.expand_as(text),
-                  dropped[slots], guided, conditioning, chunks, start, t[slots], r[slots],
-                  roles_of(t[slots], r[slots]), bool((r < t)[everyone].any()))
+    batch = Batch(x=x, n=noise("noise")[:, start:sum(chunks)], text=text,
+                  null_text=source.null_text.expand_as(text), dropped=dropped[slots],
+                  guided_rows=guided, chunks=chunks, start=start, t=t[slots], r=r[slots],
+                  conditioning={name: conditioning[name] for name in source.conditioning},
+                  roles=roles_of(t[slots], r[slots]), some_gap=bool((r < t)[everyone].any()))
     if c.stage == "flowmap" and step < c.tangent_warmup:
         batch.tangent = step / c.tangent_warmup
     if c.stage == "flowmap" and c.causal:
@@ -128,14 +129,11 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     return batch
 
 
-# Clip seeds of a stage are those of training, below 10^6, moved by this: past those of eval.py.
-SEEDS_A_STAGE = 2 * 10**6
-
-
 def draw_chunks(c: Config, frames: int, generator) -> tuple[tuple, int]:
-    """(chunks of the forward loss, the first frame that is trained): half of the updates take a
-    clip's first full chunks, half a random number from there up, the same on every rank; all but
-    the last full ones are compressed context."""
+    """(chunks of the forward loss, the first frame that is trained), the same on every rank. Half
+    of the updates take a clip's first `full_chunks` chunks. The others take at least as many, a
+    random number, of which the last `full_chunks` are trained and the rest is compressed context.
+    """
     chunks = chunks_of(c, frames)
     full = c.full_chunks or len(chunks)
     coin, share = torch.rand(2, generator=generator).tolist()
@@ -152,7 +150,7 @@ def roles_of(t, r) -> tuple[int, int, int]:
 
 
 def draw_rollout(c: Config, shape, key: int, slots) -> Rollout:
-    """For clips (F, C, H, W) of this shape."""
+    """N, k and the noise of a rollout of clips (F, C, H, W) of this shape."""
     draws, budgets = distributed.generator(c.seed, key, "rollout"), cli.positive_ints(c.budgets)
     steps = budgets[int(torch.randint(len(budgets), (1,), generator=draws))]
     k = int(torch.randint(steps, (1,), generator=draws))
@@ -172,10 +170,10 @@ def kept_text(batch: Batch) -> torch.Tensor:
 
 def whole_clip(network, batch: Batch, text):
     """The callable u(z, t, r) of a network for whole clips as one chunk."""
-    return flowmap.conditioned(network, Context(text, **batch.conditioning))
+    return flowmap.conditioned(network, batch.context(text))
 
 
-def flow_matching_error(network, batch: Batch, c: Config) -> torch.Tensor:
+def flow_matching_error(network, batch: Batch) -> torch.Tensor:
     """Stage pretrain: (B,)."""
     u = whole_clip(network, batch, kept_text(batch))
     return flowmap.flow_matching_error(u, batch.x, batch.n, batch.t)
@@ -184,19 +182,19 @@ def flow_matching_error(network, batch: Batch, c: Config) -> torch.Tensor:
 def flow_map_error(student, batch: Batch, c: Config, teacher=None) -> torch.Tensor:
     """Stage flowmap, and distill's co-training: the forward error (B,), before the balance.
     teacher: whose velocity is learned, with --velocity teacher."""
-    null, v = None, None
+    null_context, v = None, None
     if c.velocity == "teacher":
         v = teacher_velocity(teacher, batch, c)
-    elif c.guidance != 1 and len(batch.guided):
+    elif c.guidance != 1 and len(batch.guided_rows):
         with torch.no_grad():
-            null = clean_past(student, batch, batch.null_text, c, batch.guided)
-    kept = clean_past(student, batch, kept_text(batch), c)
+            null_context = clean_past(student, batch, batch.null_text, c, batch.guided_rows)
+    context = clean_past(student, batch, kept_text(batch), c)
     x = batch.x[:, batch.start:sum(batch.chunks)]
     # Under FSDP all ranks make the same calls: where another one has a row with r < t and this one
     # has none, it differentiates its last row, which changes nothing.
     flow_rows = min(batch.roles[0], len(x) - batch.some_gap)
-    return meanflow.meanflow_error(student, x, batch.n, batch.t, batch.r, kept, null,
-                                   batch.dropped, c.forward_loss, flow_rows, batch.guided, v,
+    return meanflow.meanflow_error(student, x, batch.n, batch.t, batch.r, context, null_context,
+                                   batch.dropped, c.forward_loss, flow_rows, batch.guided_rows, v,
                                    batch.tangent)
 
 
@@ -204,10 +202,9 @@ def flow_map_error(student, batch: Batch, c: Config, teacher=None) -> torch.Tens
 def teacher_velocity(teacher, batch: Batch, c: Config) -> torch.Tensor:
     """The teacher's v (B, F, C, H, W) at z_t, guided where the prompt is not dropped."""
     t, z_t = batch.t, flowmap.interpolate(batch.x, batch.n, batch.t)
-    v, rows = whole_clip(teacher, batch, kept_text(batch))(z_t, t, t), batch.guided
+    v, rows = whole_clip(teacher, batch, kept_text(batch))(z_t, t, t), batch.guided_rows
     if c.guidance != 1 and len(rows):
-        null = Context(batch.null_text, **batch.conditioning)[rows]
-        u_0 = teacher(z_t[rows], t[rows], t[rows], null)
+        u_0 = teacher(z_t[rows], t[rows], t[rows], batch.context(batch.null_text)[rows])
         w = torch.where(batch.dropped[rows], 1.0, c.guidance).to(t)
         v = v.index_copy(0, rows, u_0 + flowmap.expand(w, u_0) * (v[rows] - u_0))
     return v
@@ -215,20 +212,20 @@ def teacher_velocity(teacher, batch: Batch, c: Config) -> torch.Tensor:
 
 def clean_past(student, batch: Batch, text, c: Config, rows=slice(None)) -> Context:
     """The prompt, and the data's clean chunks that each trained chunk sees; of some rows."""
-    x, given = batch.x[rows, :sum(batch.chunks)], Context(text, **batch.conditioning)[rows]
-    return teacher_forced(student, x, given, batch.chunks, c.full_chunks)
+    x, context = batch.x[rows, :sum(batch.chunks)], batch.context(text)[rows]
+    return teacher_forced(student, x, context, batch.chunks, c.full_chunks)
 
 
 def whole_clip_error(student, batch: Batch, c: Config) -> torch.Tensor:
     """Causal flowmap, some updates: guided flow matching (B,) on the clip as one chunk, so that the
     network stays able to see all of it."""
-    kept = Context(kept_text(batch), **batch.conditioning)
-    null = None
-    if len(batch.guided):
-        null = Context(batch.null_text, **batch.conditioning)[batch.guided]
+    context, null_context = batch.context(kept_text(batch)), None
+    if len(batch.guided_rows):
+        null_context = batch.context(batch.null_text)[batch.guided_rows]
     return meanflow.meanflow_error(student, batch.x, batch.whole_noise, batch.whole_t,
-                                   batch.whole_t, kept, null, batch.dropped, c.forward_loss,
-                                   flow_rows=len(batch.x), guided_rows=batch.guided)
+                                   batch.whole_t, context, null_context, batch.dropped,
+                                   c.forward_loss, flow_rows=len(batch.x),
+                                   guided_rows=batch.guided_rows)
 
 
 def roll_out(student, batch: Batch, rollout: Rollout, c: Config, graph: str = "", made=None):
@@ -240,7 +237,7 @@ def roll_out(student, batch: Batch, rollout: Rollout, c: Config, graph: str = ""
     """
     simulation, device = backward_sim.SIMULATIONS[c.rollout], batch.x.device
     renoise = (sent(noise, device) for noise in rollout.renoise)
-    context, start = Context(batch.text, **batch.conditioning), 0
+    context, start = batch.context(batch.text), 0
     z_1 = sent(rollout.z_1, device)
     for frames in chunks_of(c, z_1.shape[1]):
         stop = start + frames
@@ -265,7 +262,7 @@ def score_gradient(z_0, teacher, fake, batch: Batch, c: Config) -> torch.Tensor:
     return dmd.dmd_gradient(z_0, batch.tau_noise, batch.tau, real, u_fake)
 
 
-def fake_score_error(fake, batch: Batch, z_0, c: Config) -> torch.Tensor:
+def fake_score_error(fake, batch: Batch, z_0) -> torch.Tensor:
     """Stage distill: flow matching (B,) of the fake score on clips of the student."""
     u = whole_clip(fake, batch, batch.text)
     return dmd.fake_score_error(u, z_0, batch.fake_noise, batch.fake_t)

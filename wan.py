@@ -554,7 +554,7 @@ def show(path: Path, base=None) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.what == "show":
-        show(args.path)
+        show(args.path, args.base)
     elif args.to.suffix == ".safetensors":
         print(export_adapter(args.path, args.to))
     else:

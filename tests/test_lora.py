@@ -69,14 +69,15 @@ def losses(nets):
     c = Config(stage="distill", causal=True, chunks="1,1,2", full_chunks=2)
     dropped = torch.tensor([False, True])
     rollout = updates.Rollout(flowmap.time_grid(4, 5.0), 1, n, [])
-    batch = updates.Batch(x, n[:, 1:], text, 0 * text, dropped, torch.tensor([0]), {}, (1, 1, 2),
-                          1, t, r, (0, 0, 2), True, rollout=rollout, tau=t, tau_noise=n, fake_t=t,
-                          fake_noise=n)
+    batch = updates.Batch(x=x, n=n[:, 1:], text=text, null_text=0 * text, dropped=dropped,
+                          guided_rows=torch.tensor([0]), conditioning={}, chunks=(1, 1, 2), start=1,
+                          t=t, r=r, roles=(0, 0, 2), some_gap=True, rollout=rollout, tau=t,
+                          tau_noise=n, fake_t=t, fake_noise=n)
     z_0 = torch.cat(list(updates.roll_out(nets["student"], batch, rollout, c, graph="all")), 1)
     gradient = updates.score_gradient(z_0.detach(), nets["teacher"], nets["fake"], batch, c)
     return {"flow map": updates.flow_map_error(nets["student"], batch, c),
             "dmd": dmd.dmd_loss(z_0, gradient),
-            "fake": updates.fake_score_error(nets["fake"], batch, z_0, c)}
+            "fake": updates.fake_score_error(nets["fake"], batch, z_0)}
 
 
 def test_three_adapters_on_one_base_are_three_networks(shared):

@@ -1,6 +1,7 @@
 """The three losses and the rollouts against closed forms, autograd and each other."""
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import backward_sim
 import data
+import distributed
 import dmd
 import encoders
 import flowmap
 import meanflow
+import train
 from closed_form import Gaussian, on_path
+from config import Config
 from distributed import generator
 from model import PRESETS, FlowMapDiT
+from test_updates import WORLD
 
 DATA = Gaussian(mean=0.7, std=0.4)
 TEXT, KEPT = torch.ones(32, 1, 1), torch.zeros(32, dtype=torch.bool)
@@ -171,7 +176,7 @@ def test_balance_and_weight():
     err = torch.tensor([1.0, 3.0, 5.0, 400.0], requires_grad=True)
     t, r = torch.tensor([0.5, 0.6, 0.7, 0.8]), torch.tensor([0.5, 0.6, 0.0, 0.1])
     weight = torch.tensor([1.0, 2.0, 0.5, 0.25])
-    loss = meanflow.balanced_loss(err, t, r, weight, flow_error=2.0)
+    loss = meanflow.balanced_loss(err, t, r, flow_error=2.0) * weight
     torch.testing.assert_close(loss, torch.tensor([1.0, 6.0, 1.0, 0.5]), rtol=1e-4, atol=0)
     gradient, = torch.autograd.grad(loss.sum(), err)
     expected = torch.tensor([1.0, 2.0, 2 / 5 * 0.5, 2 / 400 * 0.25])
@@ -182,7 +187,7 @@ def test_a_fixed_balance_is_a_square_below_its_scale_and_at_most_the_scale_above
     err = torch.tensor([0.0, 5.0, 1e-4, 0.1, 1e4], requires_grad=True)
     t, r = torch.ones(5), torch.tensor([1.0, 1.0, 0.2, 0.2, 0.2])
     weight = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.5])
-    loss = meanflow.balanced_loss(err, t, r, weight, torch.tensor(0.0), fixed=0.1)
+    loss = meanflow.balanced_loss(err, t, r, torch.tensor(0.0), fixed=0.1) * weight
     torch.testing.assert_close(loss, torch.tensor([0.0, 10.0, 1e-4, 0.05, 0.05]),
                                rtol=2e-3, atol=0)
     gradient, = torch.autograd.grad(loss.sum(), err)     # none vanishes, though r = t errors do
@@ -190,17 +195,19 @@ def test_a_fixed_balance_is_a_square_below_its_scale_and_at_most_the_scale_above
     torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=0)
 
 
-def test_the_released_order_weighs_first_and_takes_mu_of_the_weighted_errors():
+@pytest.mark.parametrize("released", [False, True])
+def test_the_weight_comes_after_the_balance_or_before_it_and_then_mu_is_of_weighted_errors(
+        released):
+    c = Config(weight_before_balance=released)
     err = torch.tensor([1.0, 3.0, 5.0, 400.0])
     t, r = torch.tensor([0.5, 0.6, 0.7, 0.8]), torch.tensor([0.5, 0.6, 0.0, 0.1])
-    weight = torch.tensor([1.0, 2.0, 0.5, 0.25])
-    mu = meanflow.balance_error(err, weight, weight_before_balance=True)[r == t].mean().item()
-    released = meanflow.balanced_loss(err, t, r, weight, mu, weight_before_balance=True)
-    weighted = err * weight
-    scale = weighted[:2].mean() / (weighted[2:] + 1e-5)
-    torch.testing.assert_close(released, torch.cat([weighted[:2], scale * weighted[2:]]))
-    # Both rows with r < t end at mu, 3.5 here, whatever their weight; the mean of err alone is 2.
-    torch.testing.assert_close(released, torch.tensor([1.0, 6.0, 3.5, 3.5]), rtol=1e-4, atol=0)
+    weight = flowmap.time_weight(t, c.time_weight, c.shift)
+    mu = (err * weight)[:2].mean() if released else err[:2].mean() * weight[2:]
+    loss = train.balanced(err, SimpleNamespace(t=t, r=r, roles=(2, 1, 1)),
+                          distributed.RunningMean(WORLD), c,
+                          distributed.Sums(train.LOGGED["flowmap"]))
+    torch.testing.assert_close(loss[:2], (err * weight)[:2])
+    torch.testing.assert_close(loss[2:], mu.expand(2))
 
 
 # --- backward_sim.py

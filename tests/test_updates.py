@@ -44,7 +44,7 @@ class Recorded:
     def note(self, method, z, t, r, context):
         batch, some = self.batch, context.text
         texts = {"kept": KEPT_TEXT(batch), "prompt": batch.text, "empty": batch.null_text}
-        subsets = slice(None), batch.r < batch.t, batch.guided
+        subsets = slice(None), batch.r < batch.t, batch.guided_rows
         text = next((name for name, value in texts.items() for rows in subsets
                      if torch.equal(value[rows], some)), "?")
         call = Call(self.name, method, text, z.detach(), t, r, torch.is_grad_enabled(), context)
@@ -324,8 +324,8 @@ MUTATIONS = {
     "teacher without guidance": lambda patch: patch.setattr(
         flowmap, "guided", lambda u_c, u_0, w: u_c),
     "the flow map asked for another r": lambda patch: patch.setattr(
-        backward_sim, "flow_map",
-        lambda u, z, t, r, true=backward_sim.flow_map: true(u, z, t, 0 * r)),
+        flowmap, "flow_map",
+        lambda u, z, t, r, true=flowmap.flow_map: true(u, z, t, 0 * r)),
 }
 
 
@@ -428,11 +428,11 @@ def test_ranks_ask_for_u_0_together_and_it_changes_nothing():
     for step in range(40):
         two = [updates.draw_batch(c, Source(), distributed.World(rank, 2, WORLD.device), step, 0)
                for rank in (0, 1)]
-        assert len({len(batch.guided) > 0 for batch in two}) == 1
+        assert len({len(batch.guided_rows) > 0 for batch in two}) == 1
         kinds[tuple(bool(batch.dropped.all()) for batch in two)] = two
     assert len(kinds) == 4
     asks, student = kinds[True, False][0], random_networks(c)["student"]
-    assert asks.dropped.all() and len(asks.guided)
-    silent = replace(asks, guided=asks.guided[:0])
+    assert asks.dropped.all() and len(asks.guided_rows)
+    silent = replace(asks, guided_rows=asks.guided_rows[:0])
     errors = [updates.flow_map_error(student, batch, c) for batch in (asks, silent)]
     torch.testing.assert_close(*errors, rtol=0, atol=0)

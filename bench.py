@@ -48,23 +48,26 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--repeats", type=int, least=1, default=5,
         help="write, peers, costs: runs; write: the fastest of each chunk counts (default 5)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
-        help="write: auto, cpu or cuda (default auto)")
+        help="write, costs, gpu: auto, cpu or cuda (default auto)")
     add("--gpus", type=int, least=1, default=8, help="plan: processes (default 8)")
     add("--memory", type=int, least=1, default=80,
         help="plan: GB (10^9 bytes) of a GPU, to say what fits (default 80)")
     add("--stage", type=cli.choice(("all", *STAGES)), default="all", metavar="NAME",
-        help="plan: one stage (default all)")
-    add("--causal", action="store_true", help="plan: the chunk-by-chunk network (default off)")
+        help="plan, flops: one stage (default all)")
+    add("--causal", action="store_true",
+        help="plan, flops: the chunk-by-chunk network (default off)")
     add("--lora-rank", type=int,
-        help="plan: rank of the adapters, 0 for all weights (default: the recipe's)")
+        help="plan, flops, gpu: rank of the adapters, 0 for all weights (default: the recipe's)")
     add("--checkpointing", type=int, nargs="?", const=1, metavar="N",
         help="plan, flops: activation checkpointing, of every Nth block (alone: of every one); "
         "plan: 0 is none (default both, and flops: of every one)")
     add("--micro-steps", type=int, least=1, default=2,
         help="plan: micro-batches an update; more than 2 take what 2 take (default 2)")
-    add("--frames", type=int, least=1, default=81, help="plan: pixel frames (default 81)")
-    add("--height", type=int, least=1, default=480, help="plan: pixels (default 480)")
-    add("--width", type=int, least=1, default=832, help="plan: pixels (default 832)")
+    add("--frames", type=int, least=1, default=81,
+        help="plan, flops, gpu: pixel frames (default 81)")
+    add("--height", type=int, least=1, default=480,
+        help="plan, flops, gpu, peers: pixels (default 480)")
+    add("--width", type=int, least=1, default=832, help="as --height (default 832)")
     args = parser.parse(argv)
     if args.causal and args.stage == "pretrain":
         parser.error("--causal is for stages flowmap and distill; the teacher sees whole clips")
@@ -80,7 +83,8 @@ def latent_side(args) -> int:
     side = pixels * (4 if args.causal else 2)
     if (args.frames - 1) % 4 or args.height % side or args.width % side:
         raise ValueError(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and "
-                         f"--width {args.width} multiples of {side}")
+                         f"--width {args.width} multiples of {side}"
+                         + ", as compressed chunks need (with --height 448, say)" * args.causal)
     return pixels
 
 

@@ -516,7 +516,7 @@ def encode(args) -> None:
         if name_hash(file.name) % parts == part:     # by name: it keeps its part when others come
             try:
                 keys[key_of(file, captions.get(file.name, ""))] = file
-            except OSError as error:
+            except cli.WRONG_PATH as error:
                 problems.append(f"{file.name}: {error.strerror}")
                 skipped += 1
     if strange := sorted(writer.done - keys.keys()):

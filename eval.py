@@ -3,8 +3,8 @@
     python eval.py            every finished stage of runs/toy-shapes, and the consistency sampler
 
 The evaluation set is fixed: every caption equally often, noise and clips that training never draws;
-of a folder the clips that it holds out, one in ten by name, each drawn several times from other
-first frames (so that the floor is that of other moments of the same clips).
+of a folder clips that it holds out, one in ten by name, drawn again and again from other first
+frames (so that the floor is that of other moments of the same clips).
 
 ed        energy distance to real clips, on the 64 main components of real pixels: that of other
           real clips is 0 on average, where every caption is as often, at least twice (--count);
@@ -114,10 +114,15 @@ def mean_distance(x: torch.Tensor, kinds: int = 0) -> float:
     return (different + (alike - different) / kinds).item()
 
 
-def energy_distance(x: torch.Tensor, y: torch.Tensor, spread_x: float, spread_y: float) -> float:
+def energy_distance(x: torch.Tensor, y: torch.Tensor, spread_x: float, spread_y: float,
+                    paired: bool = False) -> float:
     """2 E|x - y| - E|x - x'| - E|y - y'| of samples (N, D) and (M, D), whose own mean distances
-    are given: 0 when the distributions agree. Without bias, so that it may fall below 0."""
-    return 2 * torch.cdist(x, y).mean().item() - spread_x - spread_y
+    are given: 0 when the distributions agree. Without bias, so that it may fall below 0. paired:
+    row i of both has the same caption, drawn for it, and is left out of E|x - y|."""
+    distances = torch.cdist(x, y)
+    if paired:
+        distances = distances[~torch.eye(len(x), dtype=torch.bool)]
+    return 2 * distances.mean().item() - spread_x - spread_y
 
 
 def psnr(clips: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -216,9 +221,9 @@ class EvaluationSet:
         features = self.space.features(clips)
         return features, mean_distance(features, self.kinds)
 
-    def energy(self, clips: torch.Tensor, others) -> float:
+    def energy(self, clips: torch.Tensor, others, paired: bool = False) -> float:
         (x, spread), (y, spread_y) = self.features(clips), others
-        return energy_distance(x, y, spread, spread_y)
+        return energy_distance(x, y, spread, spread_y, paired)
 
     def likeness(self, clips: torch.Tensor) -> float:
         return psnr(clips, self.dataset.nearest(clips)).mean().item()
@@ -227,7 +232,7 @@ class EvaluationSet:
         """Every metric of clips (count, T, 3, H, W) of these captions."""
         scores = {"ed": self.energy(clips, self.real)}
         if self.teacher:
-            scores["ed_teach"] = self.energy(clips, self.teacher)
+            scores["ed_teach"] = self.energy(clips, self.teacher, paired=not self.kinds)
         scores["fd"] = self.distance(self.space, clips)
         if self.dataset.attributes:
             right = accuracy(self.dataset, clips, self.captions)

@@ -58,8 +58,8 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
     prompt is the empty one; their u_c and u_0 are one output, trained towards the plain velocity.
     guided_rows: indices of the rows that get a u_0, at least all that are not dropped. null_context
     has these rows alone, and is None where there are none.
-    flow_rows: number of leading rows with r = t, where dF/dt is multiplied by zero: it is not
-    computed. A Python int: to read it from t and r would make the host wait for the GPU.
+    flow_rows: of so many leading rows, all with r = t, no derivative is computed, as it would be
+    multiplied by zero. A Python int: to read it from t and r would make the host wait for the GPU.
     v: velocity at z_t in place of the data's n - x, such as a teacher's.
     tangent: factor of dF/dt in the target, below 1 while it warms up.
     """

@@ -27,6 +27,12 @@ PICTURE_ERRORS = (OSError, ValueError, SyntaxError, ArithmeticError, LookupError
 STOPPED = (255, -signal.SIGTERM, -signal.SIGKILL)
 
 
+def check_whole(file: Path, code: int) -> None:
+    if code in STOPPED:
+        raise ChildProcessError(f"{file}: ffmpeg was stopped (exit code {code}); run the same "
+                                "command again")
+
+
 def decode(file: Path, height: int, width: int, fps: float, most: int | None = None):
     """Yields the frames of a video, (n, height, width, 3) uint8, as a player shows them at `fps`
     instants a second, at `most` so many: upright, pixels square, HDR brought to BT.709 (brighter
@@ -35,8 +41,9 @@ def decode(file: Path, height: int, width: int, fps: float, most: int | None = N
     damage that it conceals is named on stderr. Ctrl-C is for this process, which then ends it."""
     ffmpeg = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-protocol_whitelist", "file",
               "-threads", "1", "-i", f"file:{file}"]
-    header = subprocess.run(ffmpeg, capture_output=True, start_new_session=True).stderr
-    hdr = re.search(rb"Video: .*(smpte2084|arib-std-b67)", header)
+    header = subprocess.run(ffmpeg, capture_output=True, start_new_session=True)
+    check_whole(file, header.returncode)
+    hdr = re.search(rb"Video: .*(smpte2084|arib-std-b67)", header.stderr)
     # A frame that begins up to 1/16 of an interval late still counts: files round their times.
     late = 1e6 / fps / 16
     filters = (f"settb=AVTB,setpts=PTS-STARTPTS-{late:.0f},fps={fps}:round=up,"
@@ -58,9 +65,7 @@ def decode(file: Path, height: int, width: int, fps: float, most: int | None = N
         said.seek(0)
         lines = said.read().decode(errors="replace").splitlines() or ["no picture in it"]
         line = lines[0].rpartition("] ")[2].replace(f"file:{file}", "it")
-        if process.returncode in STOPPED:
-            raise ChildProcessError(f"{file}: ffmpeg was stopped (exit code {process.returncode}); "
-                                    "run the same command again")
+        check_whole(file, process.returncode)
         if process.returncode or empty:
             raise ValueError(f"{file}: cannot be read ({line})")
         if lines != ["no picture in it"]:

@@ -404,7 +404,7 @@ class FlowMapDiT(nn.Module):
         t = t.float().view(len(z), -1)                                       # (B, F or 1)
         r = r.float().view(len(z), -1) if c.second_time else t
         e = self.embed_times(t, r, context.adapter)                          # (B, F or 1, D)
-        x, _ = self.run_blocks(z, self.patch_embed, e, context)                     # (B, F, S, D)
+        x, _ = self.run_blocks(z, self.patch_embed, e, context)              # (B, F, S, D)
 
         modulation = self.head_modulation.float() + e.float().unsqueeze(2)   # (B, F or 1, 2, D)
         shift, scale = modulation.unsqueeze(3).unbind(2)

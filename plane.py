@@ -39,6 +39,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse(argv)
     if not 0.01 <= args.updates <= 100:
         parser.error(f"--updates {args.updates}: give a factor from 0.01 to 100")
+    if args.out.suffix != ".png" or args.out.is_dir():
+        parser.error(f"--out {args.out}: the name of a file, which must end in .png")
     cli.check_folder(args.out.parent, "--out")
     return args
 

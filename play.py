@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 import webbrowser
-from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -49,7 +48,7 @@ import data
 import distributed
 import flowmap
 import runs
-from pipeline import latents, load_pipeline, stream
+from pipeline import Pipeline, latents, load_pipeline, stream
 from sample import default_run, newest_stage, to_pixels
 
 PAGE = Path(__file__).with_name("play.html")
@@ -67,13 +66,20 @@ class Player:
         self.making, self.stopping = threading.Lock(), threading.Event()
         self.running, self.next_prompt = None, None      # of the stream: its id; what comes next
         self.args, self.source = args, args.ckpt or args.run_dir or default_run()
-        self.load = lru_cache(1 if args.base else 8)(partial(    # Wan's are large: one at a time
-            load_pipeline, device=device, base=args.base,
-            **{name: getattr(args, name) for name in SIZES}))
+        self.device, self.pipelines = device, {}         # by folder
         self.models = self.find_models()                 # {name: (folder, sampler, causal)}
         first = next(iter(self.models.values()))[0]
         pipeline, self.record = self.load(first), record_of(first)
-        self.words, self.fps = pipeline.words, pipeline.fps
+        self.fps = pipeline.fps
+        self.words = pipeline.words if "vocabulary" in self.record else None     # Wan's are large
+
+    def load(self, folder) -> Pipeline:
+        if folder not in self.pipelines:
+            if self.args.base:                           # Wan's are large: one at a time
+                self.pipelines.clear()
+            sizes = {name: getattr(self.args, name) for name in SIZES}
+            self.pipelines[folder] = load_pipeline(folder, self.device, self.args.base, **sizes)
+        return self.pipelines[folder]
 
     def find_models(self) -> dict:
         if self.args.ckpt:
@@ -114,7 +120,7 @@ class Player:
         for name, (limit, kept) in zip(asked, limits.items()):
             if not kept:
                 raise ValueError(f"{name} {str(asked[name])[:40]!r}: must be {limit}")
-        if "vocabulary" in self.record:                  # free text has no unknown words
+        if self.words:                                   # free text has no unknown words
             self.words([prompt])
         return asked | {"id": str(request.get("id"))}
 
@@ -148,7 +154,7 @@ class Player:
     def clip(self, asked: dict, emit, label: str, each: bool = False) -> None:
         """A clip; each: as it is after each step."""
         (pipeline, arguments), seen, started = self.settings(asked), [], time.time()
-        steps, grid = asked["steps"], arguments[2]
+        steps, grid, sampler = asked["steps"], *arguments[2:4]
         progress = {"making": label, "of": steps * len(pipeline.chunks)}
 
         def on_step(z):
@@ -157,7 +163,8 @@ class Player:
         z_0 = torch.cat(list(latents(pipeline, *arguments, on_step=on_step)), 1).cpu()
         shown = [(label, f"{time.time() - started:.2f} s", z_0)]
         if each:                                         # step k of every chunk
-            shown = [(f"{label} {k + 1} of {steps}", f"t = {grid[k + 1]:.2f}",
+            at = "t =" if sampler == "euler" else "clean, before noise of t ="
+            shown = [(f"{label} {k + 1} of {steps}", f"{at} {grid[k + 1]:.2f}",
                       torch.cat(seen[k::steps], 1)) for k in range(steps)]
         for name, about, z in shown:
             emit({"clip": name, "about": about, "command": self.command(asked),

@@ -82,6 +82,12 @@ def check(args) -> None:
         raise ValueError(f"--prompts {args.prompts}: no such file")
     if not args.prompt and not args.prompts:
         raise ValueError('no prompt: give --prompt "..." or --prompts FILE')
+    for flag, others in (("ckpt", ("run_dir", "stage", "causal")), ("save_latents", ("sheet",)),
+                         ("stream", ("save_latents", "sheet", "vbench", "tiling"))):
+        for other in others if getattr(args, flag) else ():
+            if getattr(args, other):
+                names = (f"--{name.replace('_', '-')}" for name in (flag, other))
+                raise ValueError(f"{' and '.join(names)}: give one of them")
     if args.image and args.video:
         raise ValueError("--image and --video: give one of them")
     for chunk, _ in args.prompt_at:
@@ -278,9 +284,6 @@ def main(argv=None) -> None:
     if args.stream:
         if len(captions) > 1:
             raise ValueError("--stream takes one prompt and one clip")
-        if args.tiling:
-            raise ValueError("--stream and --tiling: give one of them; a stream is not decoded in "
-                             "tiles")
         prepare(pipeline, captions, options)
         pieces = stream(pipeline, captions, seeds, grid, **options)
         stream_to(args.out, pieces, pipeline.fps)

@@ -141,11 +141,11 @@ def optimizer_step(part: checkpoint.Trainable, lr: float, clip: float) -> float:
 def train(c: Config) -> Path:
     """Train (or go on with) one stage; returns its folder. Raises ValueError with what to do when
     it cannot, OSError for what cannot be read or written."""
-    world = distributed.start(c.device, c.deterministic)
-    fresh, sums = runs.check_start(c, world)
-    source = runs.open_source(c, fresh)              # which may decode for long: a signal ends it
     stopping = distributed.StopSignal()
     try:
+        world = distributed.start(c.device, c.deterministic)
+        fresh, sums = runs.check_start(c, world)
+        source = runs.open_source(c, fresh)
         if not fresh:
             runs.check_set(c, source)
         chunks_of(c, source.latent_shape[0])         # raises, before anything is loaded

@@ -40,7 +40,7 @@ class Batch:
     text: torch.Tensor           # prompts (B, T, text_dim)
     null_text: torch.Tensor      # empty prompts
     dropped: torch.Tensor        # (B,) bool: prompts that forward losses replace by the empty one
-    guided_rows: torch.Tensor    # indices of the rows that keep theirs: only these need u_0
+    guided_rows: torch.Tensor    # indices of those that get a u_0: at least all that keep theirs
     conditioning: dict           # of image-to-video networks, by names of cache.Context
     chunks: tuple
     start: int

@@ -36,8 +36,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--to", type=Path, help="export: the new folder, or NAME.safetensors for "
                         "the adapter alone (default none)")
     parser.add_argument("--base", type=Path, help="export: a Wan pipeline folder, for text "
-                        "encoder, tokenizer and autoencoder; also weights that an adapter's are "
-                        "no longer where they were (default none)")
+                        "encoder, tokenizer and autoencoder; export, show: the weights that an "
+                        "adapter is of, where they have moved (default none)")
     parser.add_argument("--copy", action="store_true",
                         help="export: copy them from --base (default off: link)")
     args = parser.parse(argv)
@@ -237,9 +237,12 @@ def read_json(file: Path) -> dict:
     return cli.read_json(file) if file.exists() else {}
 
 
+RELEASED_CHUNKS = [1, 3, 3, 3, 3, 3, 3, 2]       # of AnyFlow-FAR, 21 latent frames
+
+
 def read_record(path, config: ModelConfig, frames: int = 21, chunks=None) -> dict:
-    """What a stage's config.json would say of weights that were not trained here: "chunks", for
-    clips of so many latent frames unless they are given, and the "config" of sampling. What no file
+    """What a stage's config.json would say of weights that were not trained here: "chunks", one of
+    so many latent frames for networks of whole clips, and the "config" of sampling. What no file
     beside the weights says is that of the released recipe."""
     path, own = Path(path), read_config(path)
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
@@ -247,11 +250,7 @@ def read_record(path, config: ModelConfig, frames: int = 21, chunks=None) -> dic
     settings = {"shift": scheduler["shift"] if ours else 5.0, "guidance": 5.0, "full_chunks": 0}
     if config.compressed:
         settings["full_chunks"] = own.get("full_chunk_limit", 3)
-        chunks = chunks or own.get("chunk_partition")
-        if not chunks:                           # 1, 3, 3, ..., and what is left
-            chunks = [1]
-            while sum(chunks) < frames:
-                chunks.append(min(3, frames - sum(chunks)))
+        chunks = chunks or own.get("chunk_partition") or RELEASED_CHUNKS
     return {"chunks": list(chunks or [frames]), "config": settings}
 
 

@@ -372,9 +372,11 @@ def test_ffmpeg_that_is_stopped_is_no_damaged_video(twenty, tmp_path_factory, mo
     It runs in a session of its own, where Ctrl-C in the terminal does not reach it."""
     folder = tmp_path_factory.mktemp("bin")
     monkeypatch.setattr(data_module, "CACHE", folder / "cache")
+    monkeypatch.setattr(data_module, "DECODERS", 1)
     for i, end in enumerate(("exit 255", "kill -TERM $$", "kill -KILL $$")):
         stopped = folder / f"ffmpeg-{i}"
-        stopped.write_text(f"#!/bin/sh\nps -o sid= -p $$ > {folder}/session\n{end}\n")
+        stopped.write_text(f"#!/bin/sh\nread a b c d e session rest < /proc/$$/stat\n"
+                           f"echo $session > {folder}/session\n{end}\n")
         stopped.chmod(0o755)
         monkeypatch.setattr(media, "get_ffmpeg_exe", lambda path=stopped: str(path))
         with pytest.raises(ChildProcessError, match="ffmpeg was stopped"):

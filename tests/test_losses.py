@@ -210,6 +210,22 @@ def test_the_weight_comes_after_the_balance_or_before_it_and_then_mu_is_of_weigh
     torch.testing.assert_close(loss[2:], mu.expand(2))
 
 
+@pytest.mark.parametrize("balance, scale", [(0.0, 1.0), (0.1, 0.1)])
+def test_without_flow_matching_rows_and_with_a_scale_of_its_own(balance, scale):
+    c, err = Config(balance=balance), torch.tensor([5.0, 400.0])
+    batch = SimpleNamespace(t=torch.tensor([0.7, 0.8]), r=torch.tensor([0.0, 0.1]),
+                            roles=(0, 1, 1))
+    loss = train.balanced(err, batch, distributed.RunningMean(WORLD), c,
+                          distributed.Sums(train.LOGGED["flowmap"]))
+    weight = flowmap.time_weight(batch.t, c.time_weight, c.shift)
+    torch.testing.assert_close(loss, scale * weight, rtol=0.03, atol=0)
+
+
+def test_flags_of_the_forward_loss_reach_it():
+    c = Config(guidance=2.5, epsilon=0.01, derivative="jvp")
+    assert c.forward_loss == meanflow.Settings(2.5, 0.01, "jvp")
+
+
 # --- backward_sim.py
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import urllib.request
+import weakref
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -211,6 +212,25 @@ def test_no_finished_stage_is_one_line(tmp_path, capsys):
         play.main(["--run-dir", str(tmp_path), "--no-browser"])
 
 
+def test_of_large_networks_one_is_there_at_a_time(finished, monkeypatch):
+    alive = weakref.WeakSet()
+
+    class Large:
+        words, fps = None, 16
+
+    def load(folder, *args, **options):
+        assert not alive
+        made = Large()
+        alive.add(made)
+        return made
+    monkeypatch.setattr(play, "load_pipeline", load)
+    args = argparse.Namespace(run_dir=finished, ckpt=None, base="wan", **play.SIZES)
+    player = play.Player(args, "cpu")
+    for folder, _, _ in player.models.values():
+        assert player.load(folder) is player.load(folder)
+    assert len(alive) == 1 < len({folder for folder, _, _ in player.models.values()})
+
+
 def test_a_port_that_is_taken_is_named(server, finished):
     with pytest.raises(ValueError, match=f"--port {server.server_port}: "):
         play.main(["--run-dir", str(finished), "--no-browser", "--port", str(server.server_port)])
@@ -338,6 +358,17 @@ def test_page_the_stream_grows_and_the_prompt_switches(page):
     command = page.run("document.querySelector('#line').textContent")
     assert "--stream" in command
     assert "'a blue circle moving left'" in command.split("--prompt-at")[1]
+    page.click("#play")                              # after a long pause it shows what is new
+    made = "cells.get('student, chunk by chunk')"
+    page.run(f"({made}.images = Array(600).fill({made}.images[0]), {made}.at = 0)")
+    page.wait(f"{made}.images.length == 500 && {made}.at == 0")
+    page.click("#play")
+    page.wait(f"{made}.at >= 460 && {made}.at < 500", 5)
+    # A prompt that changes along with something else begins another stream.
+    page.run("(before = asked.id, $('seed').value = 7, $('prompt').querySelector('select').value "
+             "= 'green')")
+    page.click("#go")
+    page.wait(f"asked.id != before && asked.seed == 7 && {made}?.live")
     page.click("#stop")
     stopped = page.run(live)
     time.sleep(0.5)

@@ -11,6 +11,7 @@ import torch
 import distributed
 import eval as evaluation
 import flowmap
+import pipeline
 import play
 import runs
 import sample
@@ -247,6 +248,16 @@ def test_energy_distance_is_0_on_average_between_samples_of_one_distribution():
     right, wrong = (torch.tensor(values) for values in found.values())
     noise = right.std() / 200**0.5
     assert abs(right.mean()) < 3 * noise and wrong.mean() < -5 * noise
+    found = {True: [], False: []}                    # a prompt drawn for each row, that both have
+    for _ in range(200):
+        kinds = torch.randint(4, (8,), generator=g)
+        x, y = draw(kinds), draw(kinds)
+        for paired, values in found.items():
+            spreads = evaluation.mean_distance(x), evaluation.mean_distance(y)
+            values.append(evaluation.energy_distance(x, y, *spreads, paired))
+    right, wrong = (torch.tensor(values) for values in found.values())
+    noise = right.std() / 200**0.5
+    assert abs(right.mean()) < 3 * noise and wrong.mean() < -5 * noise
     zeros, twos = torch.zeros(5, 1), torch.full((3, 1), 2.0)
     assert evaluation.energy_distance(zeros, twos, 0, 0) == 4
 
@@ -314,3 +325,11 @@ def test_a_student_alone_is_measured_against_its_teacher(finished, tmp_path, eva
     record["config"]["data"] = "loop"
     (folder / "config.json").write_text(json.dumps(record))
     assert evaluation.teacher_pipeline(student, "cpu") is None
+
+
+def test_a_longer_video_sees_no_more_chunks_than_in_training(causal, monkeypatch):
+    known, append = [], pipeline.append_chunk
+    monkeypatch.setattr(pipeline, "append_chunk",
+                        lambda *args: known.append(append(*args)) or known[-1])
+    list(sample.latents(causal, PROMPTS[:1], [3], [1.0, 0.0], chunks=(1,) * 9))
+    assert [len(context.cache) for context in known] == [1, 2, 3, 3, 3, 3, 3, 3]

@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import distributed
 import kill
+import model
 import sample
+from cache import Context
 from stages import FOLDERS, flags_of, launch, linked, rows, trained
 
 LOG = ("--log-every", "1")
@@ -205,3 +208,19 @@ def test_bf16_keeps_fp32_masters_of_what_trains(adapted, tmp_path):
     for a, b in zip(rows(stage), rows(adapted / "distill")):
         for name in ("loss", "fake"):
             assert a[name] == pytest.approx(b[name], rel=0.02)
+
+
+def test_in_bf16_times_keep_their_digits_and_gradients_are_summed_in_fp32(monkeypatch):
+    distributed.start("cpu")
+    g, times, features = distributed.generator("fsdp"), [], model.time_features
+    net = model.FlowMapDiT(model.PRESETS["tiny"]).init_weights(g)
+    net = distributed.shard(net, distributed.World(0, 1, torch.device("cpu")), bf16=True)
+    monkeypatch.setattr(model, "time_features", lambda t, *a: times.append(t) or features(t, *a))
+    z, t = torch.randn(2, 2, 48, 2, 2, generator=g), torch.tensor([0.9983, 0.9861])
+    text = torch.randn(2, 3, 64, generator=g)
+    for last in (False, True):
+        distributed.sync_gradients(net, last)
+        net(z * (1 + last), t, t / 3, Context(text)).square().mean().backward()
+    assert torch.equal(times[0].view(-1), t)
+    grad = net.head.weight.grad.full_tensor()        # two bf16 gradients, summed in fp32
+    assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())

@@ -16,6 +16,7 @@ import distributed
 import encoders
 import meanflow
 import model
+import networks
 import train
 from config import Config, parse_config
 from stages import (
@@ -23,11 +24,13 @@ from stages import (
     FOLDERS,
     STATE,
     assert_same_files,
+    flags_of,
     linked,
     no_space,
     rows,
     trained,
 )
+from test_updates import WORLD
 
 
 def assert_same_stage(a, b):
@@ -498,3 +501,42 @@ def test_clips_that_compressed_chunks_cannot_take_are_refused_before_training(tm
     with pytest.raises(ValueError, match="takes multiples of 2: .* another size, or .*-chunks 0"):
         trained(run, "causal-flowmap", "--steps", "1")
     trained(run, "causal-flowmap", "--steps", "1", "--full-chunks", "0")
+
+
+def test_what_is_saved_is_the_moving_average_from_its_start_on(tmp_path, monkeypatch):
+    seen, update = [], train.update
+
+    def noted(c, nets, *args):
+        norms = update(c, nets, *args)
+        seen.append({n: p.detach().clone() for n, p in nets["student"].named_parameters()})
+        return norms
+    monkeypatch.setattr(train, "update", noted)
+    stage = trained(tmp_path / "run", "pretrain", "--steps", "5", "--ema-start", "2",
+                    "--ema-decay", "0.75", "--lr", "0.1")
+    expected = seen[1]
+    for weights in seen[2:]:
+        expected = {n: 0.75 * expected[n] + 0.25 * weights[n] for n in weights}
+    for name, tensor in load_file(stage / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_scores_start_as_the_teacher_and_the_student_as_the_flow_map(finished):
+    c = parse_config(flags_of(finished, "distill"))
+    found = networks.find_weights(c)
+    nets = networks.build(c, found.config, WORLD, found.below)
+    networks.fill(nets, found, c, WORLD)
+    for name, stage in (("student", "flowmap"), ("teacher", "pretrain"), ("fake", "pretrain")):
+        expected = load_file(finished / stage / "model.safetensors")
+        for key, p in nets[name].named_parameters():
+            assert torch.equal(p, expected[key]), (name, key)
+
+
+def test_a_step_clips_the_gradient_and_has_the_rate_it_is_given():
+    net = torch.nn.Linear(2, 1, bias=False)
+    part = checkpoint.Trainable(net, 9.0, (0.0, 0.5), 0.0, False)
+    before, net.weight.grad = net.weight.detach().clone(), torch.tensor([[30.0, -40.0]])
+    assert train.optimizer_step(part, 0.01, 1.0) == pytest.approx(50)
+    average = part.optimizer.state[net.weight]["exp_avg"]
+    torch.testing.assert_close(average, torch.tensor([[0.6, -0.8]]))
+    torch.testing.assert_close(net.weight - before, torch.tensor([[-0.01, 0.01]]), rtol=1e-3,
+                               atol=0)

@@ -1,6 +1,7 @@
 """How the stages are wired: every call of an update is recorded and compared with the method, then
 the mutations that a wrong wiring would be. And the gradient of a causal rollout, chunk by chunk."""
 import weakref
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
@@ -14,7 +15,8 @@ import networks
 import train
 import updates
 from cache import append_chunk
-from config import Config
+from config import STAGES, Config
+from eval import HELD_OUT
 from model import PRESETS, FlowMapDiT
 
 WORLD = distributed.World(0, 1, torch.device("cpu"))
@@ -436,3 +438,104 @@ def test_ranks_ask_for_u_0_together_and_it_changes_nothing():
     silent = replace(asks, guided_rows=asks.guided_rows[:0])
     errors = [updates.flow_map_error(student, batch, c) for batch in (asks, silent)]
     torch.testing.assert_close(*errors, rtol=0, atol=0)
+
+
+# --- what is drawn
+
+def test_a_rollout_has_each_budget_and_each_of_its_steps():
+    c = replace(settings("distill"), budgets="2,4")
+    drawn = [updates.draw_rollout(c, (1, 1, 1, 1), key, [0]) for key in range(400)]
+    found = Counter((len(rollout.grid) - 1, rollout.step) for rollout in drawn)
+    assert found.keys() == {(n, k) for n in (2, 4) for k in range(n)}
+    assert all(abs(count / 400 - 0.5 / n) < 0.1 for (n, _), count in found.items())
+
+
+def test_half_of_the_updates_train_the_first_chunks_and_half_any_number_of_them():
+    c = Config(stage="flowmap", causal=True, full_chunks=2)
+    found = Counter(len(updates.draw_chunks(c, 4, distributed.generator("c", i))[0])
+                    for i in range(1000))
+    expected = {2: 0.5 + 0.5 / 3, 3: 0.5 / 3, 4: 0.5 / 3}
+    assert {n: count / 1000 for n, count in found.items()} == pytest.approx(expected, abs=0.05)
+
+
+class Dots(Source):
+    latent_shape = (4, 1, 1, 1)
+
+
+@pytest.mark.parametrize("stage, more", [("pretrain", {}), ("distill", {}), (
+    "flowmap", dict(causal=True, bidirectional_fraction=1.0))])
+def test_levels_have_the_methods_laws_and_no_noise_is_used_twice(stage, more):
+    c = replace(settings(stage, **more), batch_size=3000, shift=3.0)
+    batch = updates.draw_batch(c, Dots(), WORLD, 1, 0)
+    x, even = torch.linspace(-1.5, 1.5, 7), torch.linspace(0.1, 0.9, 9)
+    logistic = {"pretrain": batch.t, "flowmap": batch.whole_t, "distill": batch.fake_t}[stage]
+    laws = [(logistic, x.sigmoid(), torch.special.ndtr(x))]
+    laws += [(batch.tau, even, even)] if stage == "distill" else []
+    for times, levels, shares in laws:
+        found = (times < flowmap.shift_time(levels, 3.0)[:, None]).float().mean(1)
+        torch.testing.assert_close(found, shares, atol=0.04, rtol=0)
+    noises = [batch.n, batch.whole_noise, batch.tau_noise, batch.fake_noise,
+              batch.rollout and batch.rollout.z_1]
+    noises = [noise[:, -1:].flatten() for noise in noises if noise is not None]
+    alike = torch.corrcoef(torch.stack([*noises, noises[0]]))[:-1, :-1]
+    assert (alike - torch.eye(len(noises))).abs().max() < 0.1
+
+
+def test_ranks_agree_on_what_changes_the_graph_and_not_on_noise():
+    def agreed(batch):
+        rollouts = [rollout for rollout in (batch.rollout, batch.fake_rollout) if rollout]
+        return (batch.chunks, batch.start, batch.some_gap, batch.tangent, batch.whole_t is None,
+                [(rollout.grid, rollout.step) for rollout in rollouts])
+    for c in (settings("flowmap", causal=True, bidirectional_fraction=0.5),
+              settings("distill", causal=True, fake_rollout="fresh")):
+        c = replace(c, batch_size=2, micro_batch=1, budgets="2,4")
+        for step in range(20):
+            a, b = (updates.draw_batch(c, Source(), distributed.World(rank, 2, WORLD.device), step,
+                                       0) for rank in (0, 1))
+            assert agreed(a) == agreed(b) and not torch.equal(a.n, b.n)
+
+
+def test_no_stage_draws_the_clips_that_eval_holds_back(monkeypatch):
+    found, draw = [], Source.draw
+    monkeypatch.setattr(Source, "draw", lambda self, indices, seed: found.append(seed) or draw(
+        self, indices, seed))
+    for seed in (0, 999_999):
+        for stage in STAGES:
+            updates.draw_batch(settings(stage, seed=seed), Source(), WORLD, 0, 0)
+    assert len(found) == 6 and not any(HELD_OUT <= seed < 2 * HELD_OUT for seed in found)
+
+
+# --- the update
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("cotrain", [0.0, 1.0])
+def test_gradients_are_reduced_once_by_the_last_backward_pass(monkeypatch, causal, cotrain):
+    c = replace(settings("distill", causal=causal, cotrain=cotrain), batch_size=4, micro_batch=2)
+    nets, on = random_networks(c), {}
+    monkeypatch.setattr(distributed, "sync_gradients",
+                        lambda net, last: on.setdefault(net, []).append(last))
+    batches = (updates.draw_batch(c, Source(), WORLD, 1, i) for i in range(2))
+    train.update(c, nets, networks.trainables(c, nets), batches, 1, WORLD,
+                 distributed.Sums(train.LOGGED[c.stage]))
+    for name in ("student", "fake"):
+        *before, last = on[nets[name]]
+        assert last and before and not any(before)
+
+
+def test_cotrain_is_the_factor_of_the_forward_loss(monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "optimizer_step", lambda part, lr, clip: found.append(
+        gradients_of(part.network)) or 1.0)
+    for cotrain in (0.0, 1.0, 3.0):
+        one_update(settings("distill", cotrain=cotrain))
+    none, one, three = found[::2]
+    torch.testing.assert_close(three - none, 3 * (one - none), rtol=1e-3, atol=1e-5)
+    assert (one - none).norm() > 0.1
+
+
+def test_each_network_is_stepped_at_its_own_rate(monkeypatch):
+    steps = []
+    monkeypatch.setattr(train, "optimizer_step", lambda part, lr, clip: steps.append(
+        (lr, clip, part.optimizer.param_groups[0]["betas"])) or 1.0)
+    one_update(settings("distill", lr=0.1, fake_lr=0.3, warmup=4, clip=2.0, beta1=0.1, beta2=0.2))
+    assert steps == [(pytest.approx(lr), 2.0, (0.1, 0.2)) for lr in (0.05, 0.15)]

@@ -84,7 +84,7 @@ def latent_side(args) -> int:
     if (args.frames - 1) % 4 or args.height % side or args.width % side:
         raise ValueError(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and "
                          f"--width {args.width} multiples of {side}"
-                         + ", as compressed chunks need (with --height 448, say)" * args.causal)
+                         + " (of compressed tokens)" * args.causal)
     return pixels
 
 

@@ -27,7 +27,7 @@ PICTURE_ERRORS = (OSError, ValueError, SyntaxError, ArithmeticError, LookupError
 STOPPED = (255, -signal.SIGTERM, -signal.SIGKILL)
 
 
-def check_whole(file: Path, code: int) -> None:
+def refuse_stopped(file: Path, code: int) -> None:
     if code in STOPPED:
         raise ChildProcessError(f"{file}: ffmpeg was stopped (exit code {code}); run the same "
                                 "command again")
@@ -42,7 +42,7 @@ def decode(file: Path, height: int, width: int, fps: float, most: int | None = N
     ffmpeg = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-protocol_whitelist", "file",
               "-threads", "1", "-i", f"file:{file}"]
     header = subprocess.run(ffmpeg, capture_output=True, start_new_session=True)
-    check_whole(file, header.returncode)
+    refuse_stopped(file, header.returncode)
     hdr = re.search(rb"Video: .*(smpte2084|arib-std-b67)", header.stderr)
     # A frame that begins up to 1/16 of an interval late still counts: files round their times.
     late = 1e6 / fps / 16
@@ -65,7 +65,7 @@ def decode(file: Path, height: int, width: int, fps: float, most: int | None = N
         said.seek(0)
         lines = said.read().decode(errors="replace").splitlines() or ["no picture in it"]
         line = lines[0].rpartition("] ")[2].replace(f"file:{file}", "it")
-        check_whole(file, process.returncode)
+        refuse_stopped(file, process.returncode)
         if process.returncode or empty:
             raise ValueError(f"{file}: cannot be read ({line})")
         if lines != ["no picture in it"]:

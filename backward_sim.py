@@ -7,25 +7,25 @@ import torch
 from flowmap import check_grid, consistency_sample, euler_sample, flow_map, interpolate
 
 
-def flow_map_simulation(u, z_1: torch.Tensor, grid, step: int, renoise=None) -> torch.Tensor:
+def flow_map_simulation(u, z_1: torch.Tensor, grid, k: int, renoise=None) -> torch.Tensor:
     """Flow-map backward simulation of the N-step Euler rollout around one of its steps.
 
         z_{t_k}     = map(z_1,         1       -> t_k)          shortcut, absent at k = 0
         z_{t_{k+1}} = map(z_{t_k},     t_k     -> t_{k+1})      the step being corrected
         z_0         = map(z_{t_{k+1}}, t_{k+1} -> 0)            shortcut, absent at k = N - 1
 
-    z_1 (B, ...) noise, step = k in 0 .. N - 1. At most three calls, all with gradient, whatever N.
-    Flow maps compose: an exact u gives the z_0 of the whole rollout. Raises ValueError for a step
+    z_1 (B, ...) noise, k in 0 .. N - 1. At most three calls, all with gradient, whatever N.
+    Flow maps compose: an exact u gives the z_0 of the whole rollout. Raises ValueError for a k
     outside the grid.
     """
     check_grid(grid)
-    if not 0 <= step < len(grid) - 1:
-        raise ValueError(f"step {step} of a rollout of {len(grid) - 1} steps")
+    if not 0 <= k < len(grid) - 1:
+        raise ValueError(f"step k = {k} of a rollout of {len(grid) - 1} steps: 0 is the first")
     # A rollout over these times alone, of which two are the same at k = 0 and at k = N - 1.
-    return euler_sample(u, z_1, sorted({1.0, grid[step], grid[step + 1], 0.0}, reverse=True))
+    return euler_sample(u, z_1, sorted({1.0, grid[k], grid[k + 1], 0.0}, reverse=True))
 
 
-def consistency_simulation(u, z_1: torch.Tensor, grid, step: int, renoise) -> torch.Tensor:
+def consistency_simulation(u, z_1: torch.Tensor, grid, k: int, renoise) -> torch.Tensor:
     """The baseline: N calls of the consistency sampler, gradient through the last one only.
     renoise: as for flowmap.consistency_sample."""
     check_grid(grid)
@@ -38,6 +38,6 @@ def consistency_simulation(u, z_1: torch.Tensor, grid, step: int, renoise) -> to
     return flow_map(u, z, t, torch.zeros_like(t))
 
 
-# Every rollout is called as simulation(u, z_1, grid, step, renoise). The first draws no noise; the
+# Every rollout is called as simulation(u, z_1, grid, k, renoise). The first draws no noise; the
 # second always trains its last step.
 SIMULATIONS = {"flow-map": flow_map_simulation, "consistency": consistency_simulation}

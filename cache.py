@@ -1,11 +1,11 @@
-"""The KV cache of causal generation (docs/method.md, Causal form): which chunks the network knows,
+"""The KV cache of causal generation (docs/method.md, 7): which chunks the network knows,
 which chunk sees which, and how a finished chunk is appended.
 
 A chunk is a few latent frames that are made together. `network` is a callable as FlowMapDiT, with
 its method `encode`, which turns clean latents into the keys and values that later chunks see.
 
 Legend:  B batch   F latent frames   C latent channels   H, W latent height and width
-         L tokens of a chunk   D width   T text tokens   I image tokens
+         L tokens of a chunk   S tokens of a frame   D width   T text tokens   I image tokens
 """
 from dataclasses import dataclass, replace
 
@@ -63,25 +63,25 @@ def rows_of(value, rows):
     return None if value is None else value[rows]
 
 
-def attention_spans(context: Context, chunks, tokens: int, prefill: bool) -> list:
+def attention_spans(context: Context, chunks, S: int, prefill: bool) -> list:
     """Which keys each chunk of z may see: (first query, last query + 1, [ranges of keys]).
 
-    Keys are the cache's, then z's own, `tokens` a frame. A chunk sees itself and the cached chunks
+    Keys are the cache's, then z's own, S a frame. A chunk sees itself and the cached chunks
     that end before it starts; in a prefill also the chunks of z before it.
     """
     cached = sum(chunk.tokens for chunk in context.cache)
     spans = []
-    start, frame = 0, context.start
+    query, frame = 0, context.start              # counted in tokens of z, in frames of the video
     for frames in chunks:
-        stop = start + frames * tokens
+        query_stop = query + frames * S
         seen = sum(chunk.tokens for chunk in context.cache if chunk.stop <= frame)
-        first = cached if prefill else cached + start
+        first = cached if prefill else cached + query
         if seen == first:                        # two ranges that touch are one: no copy
-            ranges = [(0, cached + stop)]
+            ranges = [(0, cached + query_stop)]
         else:
-            ranges = [(0, seen), (first, cached + stop)]
-        spans.append((start, stop, ranges))
-        start, frame = stop, frame + frames
+            ranges = [(0, seen), (first, cached + query_stop)]
+        spans.append((query, query_stop, ranges))
+        query, frame = query_stop, frame + frames
     return spans
 
 

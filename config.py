@@ -139,7 +139,7 @@ class Config:
         return self.flow_fraction if self.flow_times == "either" else 0.0
 
     @property
-    def forward_loss(self):
+    def forward_settings(self):
         from meanflow import Settings  # here, as it imports torch
         fused = self.guidance if self.velocity == "data" else 1.0    # the teacher's is guided
         return Settings(fused, self.epsilon, self.derivative)

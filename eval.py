@@ -66,8 +66,9 @@ import data
 import distributed
 import flowmap
 import runs
+from media import to_pixels, write_frames, write_picture
 from pipeline import Pipeline, generate, load_pipeline
-from sample import SHIPPED, default_run, newest_stage, to_pixels, write_frames, write_picture
+from sample import SHIPPED, default_run, newest_stage
 
 HELD_OUT = 1_000_000         # no stage draws clips with seeds from here to 2 * 10^6
 TEACHER_STEPS = 50

@@ -6,7 +6,7 @@
 
 Everywhere `u` is a callable u(z, t, r) -> velocity of z's shape. z is (B, ...), typically
 (B, F, C, H, W); times are float32 in [0, 1], of shape (B,) or (B, F). The prompt is bound before
-(`conditioned`), so this file and the losses work for any network and for closed forms alike.
+(`conditioned`), so all here works for any network and for closed forms alike.
 """
 from functools import lru_cache
 
@@ -90,7 +90,8 @@ def euler_sample(u, z: torch.Tensor, grid, renoise=None) -> torch.Tensor:
     """
     check_grid(grid)
     for t, r in zip(grid, grid[1:]):
-        t, r = (torch.full((len(z),), time, device=z.device) for time in (t, r))
+        t = torch.full((len(z),), t, device=z.device)
+        r = torch.full((len(z),), r, device=z.device)
         z = flow_map(u, z, t, r)
     return z
 
@@ -144,8 +145,8 @@ def flow_map_times(generator: torch.Generator, count: int, shift: float,
 
     t is the larger of two uniform draws and r the smaller, both shifted; then a fraction `flow` of
     the batch gets r = t (flow matching), a fraction `consistency` r = 0, the rest stays free. Roles
-    are stratified: with one random offset o, sample i has position (i + o) / count on [0, 1). Every
-    role has its exact expected share at any count from 1 up; 2 or more have an r = t sample.
+    are stratified: with one random offset o, sample i has position (i + o) / count on [0, 1). Over
+    o every role has its exact share at any count; 1 / flow samples always hold one with r = t.
 
     flow_times: "larger" gives an r = t sample the larger draw, too. "either" gives it the first
     draw, uniform before the shift: at shift 5 21 times as many of these samples lie below 0.2.
@@ -172,9 +173,9 @@ TIME_WEIGHTS = {                             # densities over the shifted time, 
 def mean_time_weight(name: str, shift: float, either: float = 0.0) -> float:
     """Mean of a time weight under `flow_map_times`: the integral of w(sigma(a)) p(a) over [0, 1].
 
-    p(a) is 2 a for the larger of two uniform draws, and 1 for the share `either` of the batch that
-    has either. Gauss-Legendre in a = 1 - y^2 takes the root at t = 1 out of the Beta density, so
-    that 64 nodes are exact to rounding.
+    p(a) is 2 a for the larger of two uniform draws and 1 for a single one; `either` is the share of
+    the batch whose t is a single draw. Gauss-Legendre in a = 1 - y^2 takes the root at t = 1 out of
+    the Beta density, so that 64 nodes are exact to rounding.
     """
     import numpy as np
     nodes, weights = np.polynomial.legendre.leggauss(64)

@@ -33,7 +33,7 @@ def finite_difference(u, z_t, t, r, v, epsilon: float):
 @torch.no_grad()
 def exact_derivative(u, z_t, t, r, v, epsilon=None):
     """The same by forward-mode differentiation, to check `finite_difference` on small networks. It
-    needs the plain attention kernel and does not work under FSDP."""
+    needs the plain attention kernel, does not work under FSDP, and has no use for epsilon."""
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda z, t: u(z, t, r), (z_t, t), (v, torch.ones_like(t)))[1]
 
@@ -63,11 +63,12 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
     v: velocity at z_t in place of the data's n - x, such as a teacher's.
     tangent: factor of dF/dt in the target, below 1 while it warms up.
     """
-    z_t, v = interpolate(x, n, t), n - x if v is None else v
+    z_t = interpolate(x, n, t)
+    v = n - x if v is None else v
     w = torch.where(dropped, 1.0, settings.guidance).to(t)                  # (B,)
     F = network(z_t, t, r, context)
     if settings.guidance != 1 and null_context is not None:
-        rows, u_0 = guided_rows, torch.zeros_like(v)
+        u_0, rows = torch.zeros_like(v), guided_rows
         with torch.no_grad():
             u_0[rows] = network(z_t[rows], t[rows], r[rows], null_context)
         F = (F - expand(1 - w, F) * u_0) / expand(w, F)
@@ -79,21 +80,21 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
         # Where r = t the factor is 0, and any lower end below t will do.
         lower = torch.where(r < t, r, 0.0)
         derivative = DERIVATIVES[settings.derivative]
-        dF_dt = derivative(u, z_t[rest], t[rest], lower[rest], v[rest], settings.epsilon)
-        change = expand(tangent * (t - r)[rest] / w[rest], dF_dt) * dF_dt
+        du_dt = derivative(u, z_t[rest], t[rest], lower[rest], v[rest], settings.epsilon)
+        change = expand(tangent * (t - r)[rest] / w[rest], du_dt) * du_dt    # dF/dt = du_dt / w
         target = torch.cat([v[:flow_rows], v[rest] - change])
     return (F - target).square().flatten(1).mean(1)
 
 
-def balanced_loss(error, t, r, flow_error, fixed: float = 0.0):
-    """Adaptive balance (B,): where r < t an error is scaled by mu / (error + 1e-5), so that the
+def balanced_loss(err, t, r, mu, fixed: float = 0.0):
+    """Adaptive balance (B,): where r < t an error is scaled by mu / (err + 1e-5), so that the
     regression at r = t sets the scale and a large gap cannot blow up.
 
-    error (B,). flow_error: mu, the mean error of the r = t rows of the GLOBAL batch, a float or a
-    tensor without gradient.
-    fixed: where r = t errors vanish, a scale b in place of mu: b / (error + b), which leaves errors
+    err (B,). mu: mean error of the r = t rows of the GLOBAL batch, a float or a tensor without
+    gradient.
+    fixed: where r = t errors vanish, a scale b in place of mu: b / (err + b), which leaves errors
     below b a plain square. 0: none.
     """
-    mu, small = (fixed, fixed) if fixed else (flow_error, 1e-5)
-    scale = mu * (error.detach() + small).reciprocal()
-    return torch.where(r < t, scale, 1.0) * error
+    mu, small = (fixed, fixed) if fixed else (mu, 1e-5)
+    scale = mu * (err.detach() + small).reciprocal()
+    return torch.where(r < t, scale, 1.0) * err

@@ -204,10 +204,11 @@ class Attention(nn.Module):
     def split_heads(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)             # (B, N, L, K)
 
-    def forward(self, x, keys, values, *image, rope=None, spans=None, adapter: str = ""):
+    def forward(self, x, keys, values, image_keys=None, image_values=None, rope=None, spans=None,
+                adapter: str = ""):
         """x (B, L, D) asks, keys and values (B, L', D) answer -> (B, L, D).
 
-        image: keys and values of image tokens, whose answer, with its own softmax, is added.
+        image_keys, image_values: of image tokens, whose answer, with its own softmax, is added.
         rope: (L', K / 2, 2) turns the keys and, with its end, the queries. spans: as for `attend`.
         """
         q = self.split_heads(self.norm_q(self.q(x, adapter)))
@@ -217,9 +218,9 @@ class Attention(nn.Module):
             q = rotate(q, rope[-q.shape[2]:])
             k = rotate(k, rope)
         answer = attend(q, k, v, spans)                                      # (B, N, L, K)
-        if image:
-            image_k, image_v = image
-            answer = answer + attend(q, self.split_heads(image_k), self.split_heads(image_v))
+        if image_keys is not None:
+            k, v = self.split_heads(image_keys), self.split_heads(image_values)
+            answer = answer + attend(q, k, v)
         return self.out(answer.transpose(1, 2).flatten(2), adapter)
 
 
@@ -261,7 +262,7 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(c.dim, c.heads)
         self.cross_attn = Attention(c.dim, c.heads, image=c.image_dim > 0)
-        self.norm_cross = nn.LayerNorm(c.dim, eps=1e-6)          # the only LayerNorm with weights
+        self.norm_cross = nn.LayerNorm(c.dim, eps=1e-6)          # the block's only one with weights
         self.ffn = MLP(c.dim, c.ffn_dim, c.dim, gelu)
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
         self.checkpointing = False          # keep no activations, compute again in backward
@@ -402,12 +403,12 @@ class FlowMapDiT(nn.Module):
         if not isinstance(context, Context):
             context = Context(context)
         t = t.float().view(len(z), -1)                                       # (B, F or 1)
-        r = r.float().view(len(z), -1) if c.second_time else t
+        r = r.float().view(len(z), -1) if c.second_time else t               # (B, F or 1)
         e = self.embed_times(t, r, context.adapter)                          # (B, F or 1, D)
         x, _ = self.run_blocks(z, self.patch_embed, e, context)              # (B, F, S, D)
 
         modulation = self.head_modulation.float() + e.float().unsqueeze(2)   # (B, F or 1, 2, D)
-        shift, scale = modulation.unsqueeze(3).unbind(2)
+        shift, scale = modulation.unsqueeze(3).unbind(2)                     # (B, F or 1, 1, D)
         h = layer_norm(x) * (1 + scale) + shift
         u = self.head(h.type_as(x)).float()                                  # (B, F, S, P * P * C)
         u = u.unflatten(3, (P, P, -1)).unflatten(2, (z.shape[3] // P, -1))   # (B, F, h, w, P, P, C)
@@ -460,7 +461,7 @@ class FlowMapDiT(nn.Module):
         """e (B, F or 1, D), the mixed embedding of both times."""
         c, dtype = self.config, self.stream_type()
         e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype), adapter)
-        # An adapter that leaves the second embedder as it is is that of a network of one time.
+        # The adapters of teacher and fake score, which know one time, leave r_embed out.
         if c.second_time and (not adapter or adapter in self.r_embed.up.adapters):
             second = time_features(t - r if c.added else r, c.freq_dim, c.time_scale)
             e_r = self.r_embed(second.to(dtype), adapter)

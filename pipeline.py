@@ -142,14 +142,15 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
     """Yields the latents (B, F of a chunk, C, h, w) of clips chunk by chunk, one clip for each
     caption and seed; a bidirectional model yields its one chunk.
 
-    sampler: a name in flowmap.SAMPLERS. guidance: classifier-free guidance, for a teacher; 1 for
-    flow maps, which have theirs built in. chunks: latent frames of each chunk (default: as
-    trained); more than trained make a longer video, without end if they have none. given: latents
-    (B or 1, F, C, H, W) of the first frames, whole chunks of them, which are kept as they are
-    (image- and video-to-video); a bidirectional model keeps any number of them but all, at t = 0.
-    window: how many chunks the cache keeps (None: as many as in training, which long videos need;
-    0: all). prompt_at: another caption for all clips from chunk m on; more may be added between two
-    chunks. picture: what `read_picture` makes of a first frame. on_step: see flowmap.watched.
+    sampler: a name in flowmap.SAMPLERS.
+    guidance: classifier-free guidance, for a teacher; 1 for flow maps, which have theirs built in.
+    chunks: latent frames of each chunk (default: as trained). More than trained make a longer
+    video, an endless iterator an endless one, without `given`.
+    given: latents (B or 1, F, C, h, w) of the first frames, whole chunks of them, which are kept as
+    they are (image- and video-to-video); a bidirectional model keeps any number but all, at t = 0.
+    window: how many chunks the cache keeps (None: as in training, which long videos need; 0: all).
+    prompt_at: another caption for all clips from chunk m on; more may be added between two chunks.
+    picture: what `read_picture` makes of a first frame. on_step: see flowmap.watched.
     Raises ValueError for unknown words, an unknown sampler, a grid that does not fall from 1 to 0,
     a `given` that does not end where a chunk ends, a picture that is missing or not wanted.
     """
@@ -194,11 +195,9 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
         u = conditioned(net, context)
         if null:
             u = guided(u, conditioned(net, null), guidance)
-        if on_step:
-            u = watched(u, on_step)
         z = noise((frames, *pipeline.latent_shape[1:])).to(device)
         kept = z[:, :0] if given is None else given[:, context.start:context.start + frames]
-        z_0 = sample_chunk(u, z, kept, grid, sampler, renoise)
+        z_0 = sample_chunk(u, z, kept, grid, sampler, renoise, on_step)
         finite = z_0.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             bad = finite.index(False)
@@ -208,13 +207,15 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
         yield z_0
 
 
-def sample_chunk(u, z, given, grid, sampler: str, renoise) -> torch.Tensor:
+def sample_chunk(u, z, given, grid, sampler: str, renoise, on_step=None) -> torch.Tensor:
     """A chunk's noise z -> z_0. given: its first frames, none to all of them, which are kept."""
     count = given.shape[1]
     if count == z.shape[1]:
         return given
     if count:
         u = first_frames_given(u, given)
+    if on_step:
+        u = watched(u, lambda z: on_step(torch.cat([given, z[:, count:]], 1)))
     z_0 = SAMPLERS[sampler](u, z, grid, renoise)
     return torch.cat([given, z_0[:, count:]], 1)
 
@@ -272,7 +273,7 @@ def chunks_for(pipeline: Pipeline, frames: int) -> tuple[int, ...]:
 
 
 def given_latents(pipeline: Pipeline, path: Path, is_image: bool, chunks) -> torch.Tensor:
-    """Latents (1, F, C, H, W) of the chunks that an image or the start of a video fills; at least
+    """Latents (1, F, C, h, w) of the chunks that an image or the start of a video fills; at least
     one chunk is left.
 
     An image fills a first chunk of one latent frame, or the first latent frame of a bidirectional

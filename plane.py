@@ -190,7 +190,7 @@ def distill(teacher: Net, flow_map: Net, seed: int, updates: int) -> Net:
 
         # The student: its samples are moved, and the loss of stage 2 goes on. Without the latter
         # the student would drift off the flow, and more steps would make its samples worse.
-        tau = torch.rand(CLIPS, generator=g)
+        tau = flowmap.shift_time(torch.rand(CLIPS, generator=g), SHIFT)
         gradient = dmd.dmd_gradient(z_0, draw_noise(g), tau, real_score, fake_score)
         trainer.update(dmd.dmd_loss(z_0, gradient) + flow_map_loss(student, g))
 

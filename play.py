@@ -48,8 +48,9 @@ import data
 import distributed
 import flowmap
 import runs
+from media import to_pixels
 from pipeline import Pipeline, latents, load_pipeline, stream
-from sample import default_run, newest_stage, to_pixels
+from sample import default_run, newest_stage
 
 PAGE = Path(__file__).with_name("play.html")
 MODELS = (("teacher", "pretrain", "euler"), ("flow map", "flowmap", "euler"),

@@ -5,12 +5,9 @@
 """
 import argparse
 import json
-import subprocess
 import time
 import zlib
 from collections import Counter
-from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 
 import cli
@@ -110,11 +107,7 @@ def check(args) -> None:
 if __name__ == "__main__":
     cli.run(parse_args)   # answers --help and wrong flags, before what takes seconds to import
 
-import imageio.v3 as iio
-import imageio_ffmpeg
-import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -123,6 +116,7 @@ import encoders
 import flowmap
 import runs
 import wan
+from media import contact_sheet, to_pixels, write_clip, write_frames, write_picture
 from pipeline import (
     Pipeline,
     chunks_for,
@@ -135,66 +129,6 @@ from pipeline import (
 )
 
 SHIPPED = Path(__file__).parent / "assets" / "toy"          # a run without checkpoints
-
-
-def to_pixels(video: torch.Tensor, height: int = 128) -> np.ndarray:
-    """Clips (..., 3, H, W) in [-1, 1] -> uint8 (..., H', W', 3), magnified by a whole factor."""
-    factor = max(1, height // video.shape[-2])
-    video = video.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).numpy()
-
-
-def contact_sheet(rows: torch.Tensor, gap: int = 2) -> torch.Tensor:
-    """Pictures (R, N, 3, H, W) -> one picture (3, R * (H + gap), N * (W + gap)) with grey gaps."""
-    cells = F.pad(rows, (0, gap, 0, gap), value=0.0)
-    return cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-
-
-def write_clip(path: Path, video: torch.Tensor, fps: int) -> None:
-    """Write one clip (T, 3, H, W), whole or not at all: .mp4 and .gif play, .png is a row of its
-    frames. Raises ValueError for other names, OSError where it cannot be written."""
-    if path.suffix == ".png":
-        write_picture(path, to_pixels(contact_sheet(video[None]), video.shape[-2] * 4))
-    elif path.suffix in (".mp4", ".gif"):
-        write_frames(path, iter(to_pixels(video)), fps)
-    else:
-        raise ValueError(f"{path}: the name must end in .mp4, .gif or .png")
-
-
-def write_picture(path: Path, pixels: np.ndarray) -> None:
-    """A picture (H, W, 3) uint8, whole or not at all."""
-    with cli.written_aside(path) as aside:
-        aside.write_bytes(iio.imwrite("<bytes>", pixels, extension=".png"))
-
-
-def write_frames(path: Path, frames, fps: int) -> None:
-    """An .mp4 or .gif of an iterator of frames (H, W, 3) uint8, whole or not at all."""
-    with cli.written_aside(path) as aside:
-        if path.suffix == ".mp4":
-            write_mp4(aside, frames, fps)
-        else:
-            aside.write_bytes(iio.imwrite("<bytes>", np.stack(list(frames)), extension=".gif",
-                                          duration=1000 / fps, loop=0))
-
-
-def write_mp4(path: Path, frames, fps: int) -> None:
-    """By ffmpeg. Raises OSError with its first word where it fails, as on a full disk."""
-    first = next(frames)
-    height, width = first.shape[:2]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-xerror",
-               "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps),
-               "-i", "-", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", str(path)]
-    # In a session of its own: Ctrl-C is for this process, which then ends ffmpeg.
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-                          start_new_session=True) as ffmpeg:
-        with suppress(BrokenPipeError):              # why, it says at its end
-            for frame in chain([first], frames):
-                ffmpeg.stdin.write(frame.tobytes())
-            ffmpeg.stdin.close()
-        problem = ffmpeg.stderr.read().decode(errors="replace").strip().splitlines()
-    if ffmpeg.returncode or problem:
-        reason = problem[0].split("] ")[-1] if problem else f"exit code {ffmpeg.returncode}"
-        raise OSError(f"{path}: ffmpeg could not write it ({reason})")
 
 
 def newest_stage(run: Path, causal: bool = False) -> Path:

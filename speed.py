@@ -102,7 +102,7 @@ def update_of(c: Config, config: ModelConfig, shape, world, built=None):
     nets, parts = built or plan.build(case, world, nullcontext)
     batch = updates.draw_batch(case.c, RandomClips(config, shape), world, 1, 0)
     if batch.rollout:                                # a step in the middle, of three jumps
-        batch.rollout.step = (len(batch.rollout.grid) - 1) // 2
+        batch.rollout.k = (len(batch.rollout.grid) - 1) // 2
     log = distributed.Sums(train.LOGGED[c.stage])
     return lambda: train.update(case.c, nets, parts, iter([batch]), 1, world, log)
 

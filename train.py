@@ -43,12 +43,14 @@ LOGGED = {"pretrain": ("loss",), "flowmap": ("loss", *ROLES, "err_whole"),
 
 
 def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -> dict:
-    """One update of a stage. batches: the micro-batches of this rank; log: distributed.Sums.
-    Returns the gradient norms."""
-    student, norms, rolled_out = nets["student"], {}, []
+    """One update of a stage. nets: networks by role: student, teacher, fake; parts: those that
+    train, each with its optimiser (checkpoint.Trainable); batches: the micro-batches of this rank;
+    log: distributed.Sums. Returns the gradient norms."""
+    student, rolled_out = nets["student"], []
     flow_errors = distributed.RunningMean(world)
     for micro_step, drawn in enumerate(batches):
-        batch, last = drawn.to(world.device), micro_step + 1 == micro_steps(c, world.size)
+        batch = drawn.to(world.device)
+        last = micro_step + 1 == micro_steps(c, world.size)
         if c.stage == "pretrain":
             err = updates.flow_matching_error(student, batch)
             log.add("loss", err)
@@ -71,13 +73,14 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
             loss = balanced(err, batch, flow_errors, c, log)
             backward(loss if c.stage == "flowmap" else c.cotrain * loss, student, last, c, world)
 
-    norms["grad_norm"] = optimizer_step(parts["student"], learning_rate(c, step, c.lr), c.clip)
+    norms = {"grad_norm": optimizer_step(parts["student"], learning_rate(c, step, c.lr), c.clip)}
     if math.isfinite(norms["grad_norm"]):
         parts["student"].update_ema(c.ema_decay if step >= c.ema_start else 0.0)
 
     if c.stage == "distill":
         for micro_step, (drawn, z_0) in enumerate(rolled_out):
-            batch, last = drawn.to(world.device), micro_step + 1 == len(rolled_out)
+            batch = drawn.to(world.device)
+            last = micro_step + 1 == len(rolled_out)
             if c.fake_rollout == "fresh":
                 z_0 = torch.cat(list(updates.roll_out(student, batch, batch.fake_rollout, c)), 1)
             err = updates.fake_score_error(nets["fake"], batch, z_0)
@@ -91,17 +94,20 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
 def backward_chunks(last_chunk, z_0, gradient, batch, student, last: bool, c: Config, world):
     """DMD's gradient to the student, chunk by chunk: what is cached carries none, so the chunks
     before the last are made again, one graph at a time, from the same noise and the same past."""
-    first, frames = z_0.shape[1] - last_chunk.shape[1], z_0.shape[1]
+    frames = z_0.shape[1]
+    last_start = frames - last_chunk.shape[1]
 
     def share(chunk, start: int) -> torch.Tensor:
         part = gradient[:, start:start + chunk.shape[1]]
         return dmd.dmd_loss(chunk, part) * (chunk.shape[1] / frames)
-    backward(share(last_chunk, first), student, last and first == 0, c, world)
-    again, end = updates.roll_out(student, batch, batch.rollout, c, graph="all", made=z_0), 0
-    while end < first:
+    backward(share(last_chunk, last_start), student, last and last_start == 0, c, world)
+    again = updates.roll_out(student, batch, batch.rollout, c, graph="all", made=z_0)
+    start = 0
+    while start < last_start:
         chunk = next(again)
-        start, end = end, end + chunk.shape[1]
-        backward(share(chunk, start), student, last and end == first, c, world)
+        stop = start + chunk.shape[1]
+        backward(share(chunk, start), student, last and stop == last_start, c, world)
+        start = stop
 
 
 def balanced(err, batch, flow_errors, c: Config, log) -> torch.Tensor:
@@ -110,7 +116,7 @@ def balanced(err, batch, flow_errors, c: Config, log) -> torch.Tensor:
     weight = time_weight(batch.t, c.time_weight, c.shift, c.either_share)
     # The released order weighs first: w(t) then cancels where r < t.
     error = err * weight if c.weight_before_balance else err
-    # A global batch of 1 may have no r = t row: then 1 sets the scale, as for u = 0.
+    # A global batch of 1 may have no r = t row: then 1, the variance of noise, sets the scale.
     mu = flow_errors.add(error.detach()[:batch.roles[0]], default=1.0)
     loss = meanflow.balanced_loss(error, batch.t, batch.r, mu, c.balance)
     loss = loss if c.weight_before_balance else loss * weight

@@ -23,7 +23,7 @@ from distributed import sent
 class Rollout:
     """What a rollout of the student draws. N and k are the same for all ranks and chunks."""
     grid: list                   # 1 = t_0 > ... > t_N = 0
-    step: int                    # k, the step that flow-map simulation corrects
+    k: int                       # the step that flow-map simulation corrects
     z_1: torch.Tensor            # noise (B, F, C, H, W)
     renoise: list                # what consistency simulation adds, step by step, chunk by chunk
 
@@ -121,6 +121,7 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     if c.stage == "distill":
         batch.rollout = draw_rollout(c, shape, keys[1], slots)
         if c.fake_rollout == "fresh":
+            # The key of no other draw: those are 0 and up.
             batch.fake_rollout = draw_rollout(c, shape, -1 - keys[1], slots)
         tau = torch.rand(c.batch_size, generator=generator("tau"))
         fake_t = flowmap.logit_normal_time(generator("fake"), c.batch_size, c.shift)
@@ -174,7 +175,7 @@ def whole_clip(network, batch: Batch, text):
 
 
 def flow_matching_error(network, batch: Batch) -> torch.Tensor:
-    """Stage pretrain: (B,)."""
+    """Stage pretrain: flow matching (B,) on whole clips, some of them with the empty prompt."""
     u = whole_clip(network, batch, kept_text(batch))
     return flowmap.flow_matching_error(u, batch.x, batch.n, batch.t)
 
@@ -192,17 +193,18 @@ def flow_map_error(student, batch: Batch, c: Config, teacher=None) -> torch.Tens
     x = batch.x[:, batch.start:sum(batch.chunks)]
     # Under FSDP all ranks make the same calls: where another one has a row with r < t and this one
     # has none, it differentiates its last row, which changes nothing.
-    flow_rows = min(batch.roles[0], len(x) - batch.some_gap)
+    flow_rows = min(batch.roles[0], len(x) - 1) if batch.some_gap else len(x)
     return meanflow.meanflow_error(student, x, batch.n, batch.t, batch.r, context, null_context,
-                                   batch.dropped, c.forward_loss, flow_rows, batch.guided_rows, v,
-                                   batch.tangent)
+                                   batch.dropped, c.forward_settings, flow_rows=flow_rows,
+                                   guided_rows=batch.guided_rows, v=v, tangent=batch.tangent)
 
 
 @torch.no_grad()
 def teacher_velocity(teacher, batch: Batch, c: Config) -> torch.Tensor:
     """The teacher's v (B, F, C, H, W) at z_t, guided where the prompt is not dropped."""
     t, z_t = batch.t, flowmap.interpolate(batch.x, batch.n, batch.t)
-    v, rows = whole_clip(teacher, batch, kept_text(batch))(z_t, t, t), batch.guided_rows
+    v = whole_clip(teacher, batch, kept_text(batch))(z_t, t, t)
+    rows = batch.guided_rows
     if c.guidance != 1 and len(rows):
         u_0 = teacher(z_t[rows], t[rows], t[rows], batch.context(batch.null_text)[rows])
         w = torch.where(batch.dropped[rows], 1.0, c.guidance).to(t)
@@ -224,7 +226,7 @@ def whole_clip_error(student, batch: Batch, c: Config) -> torch.Tensor:
         null_context = batch.context(batch.null_text)[batch.guided_rows]
     return meanflow.meanflow_error(student, batch.x, batch.whole_noise, batch.whole_t,
                                    batch.whole_t, context, null_context, batch.dropped,
-                                   c.forward_loss, flow_rows=len(batch.x),
+                                   c.forward_settings, flow_rows=len(batch.x),
                                    guided_rows=batch.guided_rows)
 
 
@@ -244,7 +246,7 @@ def roll_out(student, batch: Batch, rollout: Rollout, c: Config, graph: str = ""
         is_last = stop == z_1.shape[1]
         with torch.set_grad_enabled(graph == "all" or graph == "last" and is_last):
             u = flowmap.conditioned(student, context)
-            z_0 = simulation(u, z_1[:, start:stop], rollout.grid, rollout.step,
+            z_0 = simulation(u, z_1[:, start:stop], rollout.grid, rollout.k,
                              lambda shape: next(renoise))
         yield z_0
         if not is_last:

@@ -21,6 +21,7 @@ import config
 import data
 import kill
 import meanflow
+import media
 import runs
 import sample
 import train
@@ -310,7 +311,7 @@ def test_a_folder_is_the_same_however_it_is_written(tmp_path, monkeypatch):
 def test_a_clip_is_what_was_written(tmp_path):
     video = torch.zeros(5, 3, 16, 16)
     video[2] = 1
-    sample.write_clip(tmp_path / "clip.mp4", video, 8)
+    media.write_clip(tmp_path / "clip.mp4", video, 8)
     means = [frame.mean() for frame in iio.imiter(tmp_path / "clip.mp4")]
     assert len(means) == 5 and means[2] > 240 and max(means[:2] + means[3:]) < 140
     assert iio.immeta(tmp_path / "clip.mp4")["fps"] == 8

@@ -148,7 +148,8 @@ def test_nothing_is_done_that_is_not_needed(stage, causal, rank, monkeypatch):
     assert dict(done) == pytest.approx({part: needed[part] for part in done}, rel=1e-6)
     assert sum(released.values()) > 1.15 * sum(done.values())
     error = meanflow.meanflow_error
-    monkeypatch.setattr(meanflow, "meanflow_error", lambda *args: error(*args[:9], 0, *args[10:]))
+    monkeypatch.setattr(meanflow, "meanflow_error", lambda *args, **kwargs: error(
+        *args, **kwargs | {"flow_rows": 0}))
     found = flops.done(case, flops.batch_of(case))["derivative"]
     assert found == 2 * done["derivative"]
 
@@ -244,7 +245,7 @@ def drawn(case: plan.Case) -> updates.Batch:
     for step in range(1000):
         batch = updates.draw_batch(case.c, Clips(), WORLD, step, 0)
         rollouts = [found for found in (batch.rollout, batch.fake_rollout) if found]
-        three_jumps = all(0 < rollout.step < 3 for rollout in rollouts)
+        three_jumps = all(0 < rollout.k < 3 for rollout in rollouts)
         gap = batch.some_gap or case.c.stage == "pretrain"
         if sum(batch.chunks) == 3 and gap and three_jumps:
             return batch

@@ -494,7 +494,7 @@ def test_image_to_video_is_that_of_diffusers(request, tmp_path, kind, height, wi
     assert (mine - expected).abs().max() < 1e-4 * expected.std()
     other = clip_of(ours, CAPTIONS[0], 7, grid, guidance=3.0, **without)
     assert (mine - other).abs().max() > 1e-2 * expected.std()    # the picture does count
-    factor, out = 128 // height, tmp_path / "clip.mp4"           # sample.to_pixels magnifies
+    factor, out = 128 // height, tmp_path / "clip.mp4"           # media.to_pixels magnifies
     for more in ("", "--stream"):
         sample.main(flags_of(f"--ckpt {folder} --base {folder} --frames 9 --height {height} "
                              f"--width {width} --steps 2 --image {picture} --out {out} {more} "

@@ -176,7 +176,7 @@ def test_balance_and_weight():
     err = torch.tensor([1.0, 3.0, 5.0, 400.0], requires_grad=True)
     t, r = torch.tensor([0.5, 0.6, 0.7, 0.8]), torch.tensor([0.5, 0.6, 0.0, 0.1])
     weight = torch.tensor([1.0, 2.0, 0.5, 0.25])
-    loss = meanflow.balanced_loss(err, t, r, flow_error=2.0) * weight
+    loss = meanflow.balanced_loss(err, t, r, mu=2.0) * weight
     torch.testing.assert_close(loss, torch.tensor([1.0, 6.0, 1.0, 0.5]), rtol=1e-4, atol=0)
     gradient, = torch.autograd.grad(loss.sum(), err)
     expected = torch.tensor([1.0, 2.0, 2 / 5 * 0.5, 2 / 400 * 0.25])
@@ -223,7 +223,7 @@ def test_without_flow_matching_rows_and_with_a_scale_of_its_own(balance, scale):
 
 def test_flags_of_the_forward_loss_reach_it():
     c = Config(guidance=2.5, epsilon=0.01, derivative="jvp")
-    assert c.forward_loss == meanflow.Settings(2.5, 0.01, "jvp")
+    assert c.forward_settings == meanflow.Settings(2.5, 0.01, "jvp")
 
 
 # --- backward_sim.py
@@ -256,7 +256,7 @@ def test_flow_map_simulation_makes_at_most_three_calls_all_with_gradient(steps, 
 
 
 def test_steps_outside_the_rollout_are_refused():
-    with pytest.raises(ValueError, match="step 4 of a rollout of 4"):
+    with pytest.raises(ValueError, match="step k = 4 of a rollout of 4"):
         backward_sim.flow_map_simulation(None, torch.ones(1), flowmap.time_grid(4, 1.0), 4)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 
+import media
 import play
 import sample
 
@@ -80,7 +81,7 @@ def by_command(command: str, monkeypatch) -> np.ndarray:
     words = shlex.split(command)
     assert words[:2] == ["python", "sample.py"]
     sample.main(words[2:])
-    return sample.to_pixels(videos[0], 1)
+    return media.to_pixels(videos[0], 1)
 
 
 def is_free(server, seconds: float = 5) -> bool:

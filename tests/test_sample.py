@@ -11,6 +11,7 @@ import torch
 import distributed
 import eval as evaluation
 import flowmap
+import media
 import pipeline
 import play
 import runs
@@ -210,7 +211,7 @@ def test_a_sheet_has_the_right_clip_in_every_cell():
     found = []
     for frame in (0, 4):
         for model, row, column in itertools.product(range(2), range(3), range(2)):
-            cell = sample.to_pixels(clips[model, row, column, frame], 64)
+            cell = media.to_pixels(clips[model, row, column, frame], 64)
             x, bottom = 36 + model * (2 * 68 + 16) + column * 68, len(movie[0]) - (3 - row) * 68
             found.append((movie[frame, bottom:bottom + 64, x:x + 64] == cell).all())
     assert all(found) and movie.shape[0] == 5

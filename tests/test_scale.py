@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import checkpoint
 import distributed
 import kill
+import media
 import model
 import sample
 from cache import Context
@@ -149,7 +150,7 @@ def test_each_process_makes_its_part_of_the_clips(two):
     for i, clip in enumerate(clips):
         file = folder / f"clip-{i:03d}.png"
         assert out.count(f"{file}: {PROMPT} (seed {i}") == 1
-        picture = sample.to_pixels(sample.contact_sheet(clip[None]), 64).astype(int)
+        picture = media.to_pixels(media.contact_sheet(clip[None]), 64).astype(int)
         assert abs(iio.imread(file) - picture).max() <= 1
 
 

@@ -246,7 +246,7 @@ def distill_expectations(calls, batch, c, log):
 
 
 def levels_of(rollout):
-    grid, k = rollout.grid, rollout.step
+    grid, k = rollout.grid, rollout.k
     return sorted({1.0, grid[k], grid[k + 1], 0.0}, reverse=True)
 
 
@@ -445,7 +445,7 @@ def test_ranks_ask_for_u_0_together_and_it_changes_nothing():
 def test_a_rollout_has_each_budget_and_each_of_its_steps():
     c = replace(settings("distill"), budgets="2,4")
     drawn = [updates.draw_rollout(c, (1, 1, 1, 1), key, [0]) for key in range(400)]
-    found = Counter((len(rollout.grid) - 1, rollout.step) for rollout in drawn)
+    found = Counter((len(rollout.grid) - 1, rollout.k) for rollout in drawn)
     assert found.keys() == {(n, k) for n in (2, 4) for k in range(n)}
     assert all(abs(count / 400 - 0.5 / n) < 0.1 for (n, _), count in found.items())
 
@@ -485,7 +485,7 @@ def test_ranks_agree_on_what_changes_the_graph_and_not_on_noise():
     def agreed(batch):
         rollouts = [rollout for rollout in (batch.rollout, batch.fake_rollout) if rollout]
         return (batch.chunks, batch.start, batch.some_gap, batch.tangent, batch.whole_t is None,
-                [(rollout.grid, rollout.step) for rollout in rollouts])
+                [(rollout.grid, rollout.k) for rollout in rollouts])
     for c in (settings("flowmap", causal=True, bidirectional_fraction=0.5),
               settings("distill", causal=True, fake_rollout="fresh")):
         c = replace(c, batch_size=2, micro_batch=1, budgets="2,4")

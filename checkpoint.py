@@ -176,6 +176,7 @@ def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counter
 
 def write_shards(aside: Path, parts: dict[str, Trainable]) -> None:
     writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
+    writer.per_thread_copy_ahead = 0     # ahead it would copy all into pinned memory, and keep that
     dcp.save(training_state(parts), storage_writer=writer)
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -53,7 +54,9 @@ def start(device: str = "auto", deterministic: bool = False) -> World:
         torch.cuda.set_device(picked)
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", **alone)
+        # NCCL's own ten minutes are short where one rank reads a slow disk for all.
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=1), **alone)
     return World(rank, size, picked)
 
 

@@ -449,3 +449,4 @@ def labelled_sheet(models: dict, steps: list[int], captions: list[str], gap: int
 
 if __name__ == "__main__":
     cli.run(main)
+    distributed.stop()

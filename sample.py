@@ -375,3 +375,4 @@ def timed_frames(path: Path, pieces):
 
 if __name__ == "__main__":
     cli.run(main)
+    distributed.stop()

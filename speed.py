@@ -322,8 +322,8 @@ def streaming(config: ModelConfig, shape, chunks, device, compiled: bool) -> dic
         from diffusers import AutoencoderKLWan
     except ImportError:
         return found
-    decoder = AutoencoderKLWan(z_dim=config.channels).to(device, dtype_of(device)).eval()
-    latents = z.transpose(1, 2).to(dtype_of(device))
+    decoder = AutoencoderKLWan(z_dim=config.channels).to(device).eval()      # fp32: as WanCodec
+    latents = z.transpose(1, 2)
 
     def decoded(frames: int):                                    # the first one makes one picture
         return lambda: decoder.decode(latents[:, :, :frames])

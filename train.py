@@ -55,23 +55,26 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
             err = updates.flow_matching_error(student, batch)
             log.add("loss", err)
             backward(err, student, last, c, world)
+        # The pass that reaches all weights comes first: gradients that FSDP adds up over passes are
+        # fp32, later ones alone bf16, and torch 2.11 cannot reduce both at once.
+        if c.stage == "flowmap" or c.stage == "distill" and c.cotrain:
+            err = updates.flow_map_error(student, batch, c, nets.get("teacher"))
+            loss = balanced(err, batch, flow_errors, c, log)
+            alone = c.stage == "flowmap" and batch.whole_t is None
+            backward(loss if c.stage == "flowmap" else c.cotrain * loss, student, last and alone,
+                     c, world)
+        if batch.whole_t is not None:
+            err = updates.whole_clip_error(student, batch, c)
+            log.add("err_whole", err)
+            backward(err, student, last, c, world)
         if c.stage == "distill":
             chunks = list(updates.roll_out(student, batch, batch.rollout, c, graph="last"))
             z_0 = torch.cat([chunk.detach() for chunk in chunks], 1)
             gradient = updates.score_gradient(z_0, nets["teacher"], nets["fake"], batch, c)
             log.add("dmd", dmd.dmd_loss(z_0, gradient))
             log.add("dmd_gradient", gradient.flatten(1).norm(dim=1))
-            backward_chunks(chunks.pop(), z_0, gradient, batch, student, last and not c.cotrain,
-                            c, world)
+            backward_chunks(chunks.pop(), z_0, gradient, batch, student, last, c, world)
             rolled_out.append((replace(drawn, rollout=None), z_0))   # its noise is large
-        if batch.whole_t is not None:
-            err = updates.whole_clip_error(student, batch, c)
-            log.add("err_whole", err)
-            backward(err, student, False, c, world)
-        if c.stage == "flowmap" or c.stage == "distill" and c.cotrain:
-            err = updates.flow_map_error(student, batch, c, nets.get("teacher"))
-            loss = balanced(err, batch, flow_errors, c, log)
-            backward(loss if c.stage == "flowmap" else c.cotrain * loss, student, last, c, world)
 
     norms = {"grad_norm": optimizer_step(parts["student"], learning_rate(c, step, c.lr), c.clip)}
     if math.isfinite(norms["grad_norm"]):

@@ -702,3 +702,16 @@ def test_killed_at_any_instant_the_same_command_goes_on(tmp_path):
     (folder / "part-0-of-1-00009.safetensors.1.partial").write_bytes(b"half")
     assert_whole(write_shards(folder, count=1000, size=1), 1000)
     assert not list(folder.glob("part-*.partial"))
+
+
+def test_a_folders_clips_are_stretches_of_its_videos(tmp_path):
+    """Frames in their order, from any first one, the last as well."""
+    clip = np.arange(20, 260, 40, dtype=np.uint8)[:, None, None, None].repeat(16, 1)
+    clip = clip.repeat(16, 2).repeat(3, 3)
+    imageio.imwrite(tmp_path / "a.gif", clip, duration=125)
+    (tmp_path / "a.txt").write_text("grows")
+    video, _ = Folder(tmp_path, 4, 16).clips(range(40))
+    levels = ((video.mean((2, 3, 4)) + 1) * 127.5 - 20) / 40     # (40, 4): numbers of frames
+    assert (levels.round() - levels).abs().max() < 0.1
+    starts = levels.round().int()
+    assert (starts.diff(dim=1) == 1).all() and set(starts[:, 0].tolist()) == {0, 1, 2}

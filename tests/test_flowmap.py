@@ -1,6 +1,7 @@
 """Times, transitions and samplers against closed forms."""
 import pytest
 import torch
+from torch.distributions import Beta, Normal, Uniform
 
 import flowmap
 from closed_form import Gaussian
@@ -151,3 +152,22 @@ def test_guidance_scale_one_is_the_conditional_output_and_needs_one_pass():
     u_c, u_0 = lambda z, t, r: 5 * z, lambda z, t, r: z
     torch.testing.assert_close(flowmap.guided(u_c, no_call, 1.0)(z, t, t), 5 * z)
     torch.testing.assert_close(flowmap.guided(u_c, u_0, 4.0)(z, t, t), 5 * z + 3 * (5 * z - z))
+
+
+def test_time_weights_are_the_densities_that_they_are_named_for():
+    t = torch.linspace(0.05, 0.95, 19)
+    laws = {"beta": Beta(2.0, 1.5), "normal": Normal(0.5, 0.25), "uniform": Uniform(0.0, 1.0)}
+    assert laws.keys() == flowmap.TIME_WEIGHTS.keys()
+    for name, law in laws.items():
+        ratio = flowmap.time_weight(t, name, 5.0) / law.log_prob(t).exp()
+        torch.testing.assert_close(ratio, ratio[:1].expand(19))
+
+
+def test_a_free_r_is_the_smaller_of_two_shifted_draws():
+    """P(r < sigma(a)) is 1 - (1 - a)^2, and (t, r) are the two draws in order."""
+    t, r = flowmap.flow_map_times(generator("free"), 20_000, 3.0, 0.0, 0.0)
+    a = torch.linspace(0.1, 0.9, 9)
+    level = flowmap.shift_time(a, 3.0)[:, None]
+    for times, expected in ((r, 1 - (1 - a) ** 2), (t, a**2)):
+        shares = (times < level).float().mean(1)
+        torch.testing.assert_close(shares, expected, atol=4 * 0.5 / 20_000**0.5, rtol=0)

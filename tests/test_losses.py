@@ -347,3 +347,18 @@ def test_math_attention_is_the_same_network():
     with sdpa_kernel(SDPBackend.MATH):
         plain = net(z, t, t / 2, text)
     torch.testing.assert_close(net(z, t, t / 2, text), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("derivative", list(meanflow.DERIVATIVES))
+def test_the_target_has_no_gradient(derivative):
+    """The gradient of err is 2 (F - target) dF / d parameter: u_c alone has one."""
+    parameter = torch.ones((), requires_grad=True)
+    network = lambda z, t, r, text: parameter * z * t[:, None]
+    z, t, r = torch.ones(4, 3), torch.full((4,), 0.8), torch.full((4,), 0.2)
+    text, kept = torch.zeros(4, 1, 1), torch.zeros(4, dtype=torch.bool)
+    settings = meanflow.Settings(guidance=1.0, derivative=derivative)
+    err = meanflow.meanflow_error(network, z, 2 * z, t, r, text, None, kept, settings)
+    gradient, = torch.autograd.grad(err.mean(), parameter)
+    z_t, v = 1.8, 1.0
+    F, target = z_t * 0.8, v - 0.6 * (z_t + 0.8 * v)             # u = z t along dz / dt = v
+    assert gradient.item() == pytest.approx(2 * (F - target) * z_t * 0.8, rel=1e-3)

@@ -3,11 +3,16 @@ import argparse
 import itertools
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import data
 import distributed
 import eval as evaluation
 import flowmap
@@ -18,8 +23,10 @@ import runs
 import sample
 import train
 import wan
-from cache import Context
+from cache import Context, append_chunk
 from config import record_of
+from distributed import generator
+from golden import SMALL, network
 
 PROMPTS = ["a red circle moving left", "a blue square moving up"]
 GRID = [1.0, 0.6, 0.0]
@@ -334,3 +341,106 @@ def test_a_longer_video_sees_no_more_chunks_than_in_training(causal, monkeypatch
                         lambda *args: known.append(append(*args)) or known[-1])
     list(sample.latents(causal, PROMPTS[:1], [3], [1.0, 0.0], chunks=(1,) * 9))
     assert [len(context.cache) for context in known] == [1, 2, 3, 3, 3, 3, 3, 3]
+
+
+def test_guidance_has_a_past_for_each_of_its_prompts(causal):
+    """u_0 + w (u_c - u_0), chunk by chunk: the empty prompt sees the clip's past, too."""
+    made, net, w = clip_of(causal, guidance=3.0), causal.network, 3.0
+    contexts = [Context(causal.words([text])) for text in (PROMPTS[0], "")]
+    noise = distributed.noise(causal.latent_shape, "sample", slots=[3])
+    for z in noise.split(list(causal.chunks), 1):
+        u_c, u_0 = (flowmap.conditioned(net, context) for context in contexts)
+        u = lambda z, t, r: u_0(z, t, r) + w * (u_c(z, t, r) - u_0(z, t, r))     # noqa: B023
+        start, z_0 = contexts[0].start, flowmap.euler_sample(u, z, GRID)
+        torch.testing.assert_close(made[:, start:start + z.shape[1]], z_0, rtol=1e-4, atol=1e-5)
+        contexts = [append_chunk(net, context, z_0, causal.config["full_chunks"])
+                    for context in contexts]
+
+
+def test_more_clips_than_a_batch_are_those_of_their_seeds(bidirectional):
+    few = replace(bidirectional, batch=2)
+    whole, parts = (sample.generate(some, PROMPTS[:1] * 5, [3, 4, 5, 6, 7], GRID)
+                    for some in (bidirectional, few))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_video_goes_on_from_its_first_frames(causal, tmp_path):
+    levels = torch.linspace(-0.9, 0.9, 8)
+    video = levels[:, None, None, None].expand(8, 3, 16, 16)
+    media.write_clip(tmp_path / "clip.mp4", video, 8)
+    given = pipeline.given_latents(causal, tmp_path / "clip.mp4", False, causal.chunks)
+    seen = causal.codec.decode(given)[0].mean((1, 2, 3))         # 3 chunks of 4, 2 frames each
+    torch.testing.assert_close(seen, levels[:6], atol=0.1, rtol=0)
+
+
+def test_shards_of_a_teacher_hold_the_prompt_of_each_clip(finished, tmp_path):
+    teacher = sample.load_pipeline(finished / "pretrain")
+    sample.main(["--run-dir", str(finished), "--stage", "pretrain", "--prompt", PROMPTS[0],
+                 "--prompt", PROMPTS[1], "--steps", "1", "--save-latents", str(tmp_path / "made")])
+    latents, text, _ = data.Shards(tmp_path / "made").draw(range(2))
+    guidance = teacher.config["guidance"]
+    for i, prompt in enumerate(PROMPTS):
+        clip, = sample.latents(teacher, [prompt], [i], [1.0, 0.0], guidance=guidance)
+        row = (latents - clip.bfloat16().float()).flatten(1).norm(dim=1).argmin()
+        assert torch.equal(text[row], teacher.words([prompt])[0].bfloat16().float())
+
+
+def test_pixels_have_their_colours_and_a_gif_its_pace(tmp_path):
+    orange = torch.tensor([1.0, 0.0, -1.0])[:, None, None].expand(3, 2, 2)
+    assert media.to_pixels(orange, 2)[0, 0].tolist() == [255, 128, 0]
+    video = torch.stack([orange, -orange]).repeat_interleave(2, 0)
+    media.write_clip(tmp_path / "clip.gif", video, 8)
+    with Image.open(tmp_path / "clip.gif") as gif:
+        assert gif.n_frames * gif.info["duration"] == 500
+        assert np.abs(np.asarray(gif.convert("RGB"))[0, 0].astype(int) - [255, 128, 0]).max() < 9
+
+
+
+def test_models_are_measured_as_they_were_trained(monkeypatch):
+    """On the grid of their shift, teachers guided; the teacher's clips are of other noise."""
+    calls = []
+    def generate(pipeline, captions, seeds, grid, sampler, guidance, chunks):
+        calls.append((seeds, grid, guidance))
+        return torch.zeros(len(captions), 8, 3, 16, 16)
+    monkeypatch.setattr(evaluation, "generate", generate)
+    config = {"shift": 3.0, "guidance": 2.5}
+    teacher, student = (pipeline.Pipeline(network(replace(SMALL, second_time=second)), None, None,
+                                          config, (), (4,)) for second in (False, True))
+    measured = SimpleNamespace(dataset=SimpleNamespace(frames=8), captions=["a"] * 4,
+                               features=lambda clips: None, scores=lambda clips: {})
+    args = argparse.Namespace(steps=[2], length=1, guidance=None)
+    evaluation.measure(measured, [("t", 0, "euler"), ("s", 1, "euler")], [teacher, student],
+                       teacher, args)
+    assert [guidance for _, _, guidance in calls] == [2.5, 2.5, 1.0]
+    assert [grid for _, grid, _ in calls] == [flowmap.time_grid(n, 3.0) for n in (50, 2, 2)]
+    (compared, *measured_with) = [set(seeds) for seeds, _, _ in calls]
+    assert all(not compared & seeds for seeds in measured_with)
+
+
+def test_accuracy_asks_for_every_attribute():
+    shapes = data.open_data("shapes")
+    clips = shapes.clips(range(4), captions=["a red circle moving left"] * 4)[0]
+    asked = ["a red circle moving left", "a blue circle moving left", "a red square moving left",
+             "a blue circle moving up"]
+    assert evaluation.accuracy(shapes, clips, asked) == {
+        "all": 0.25, "colour": 0.5, "shape": 0.75, "direction": 0.75}
+
+
+def test_psnr_is_of_the_whole_range():
+    clips = torch.zeros(2, 1, 3, 4, 4)
+    assert evaluation.psnr(clips, clips + 0.2).tolist() == pytest.approx([20.0, 20.0])
+
+
+@pytest.mark.parametrize("kinds", [0, 4])
+def test_what_is_alike_by_design_is_left_out_of_a_sets_distances(kinds):
+    """Prompts in turn are kinds; captions that were drawn are paired with the teacher's."""
+    x, y = torch.randn(2, 16, 3, generator=generator("kinds"))
+    measured = object.__new__(evaluation.EvaluationSet)
+    measured.__dict__ |= {"space": evaluation.Frechet(x, 3), "kinds": kinds, "chunk_spaces": [],
+                          "dataset": SimpleNamespace(attributes={}), "real": (y, 1.0)}
+    measured.space.features = lambda clips: clips
+    measured.distance = lambda space, clips: 0.0
+    measured.teacher = measured.features(y)
+    spreads = evaluation.mean_distance(x, kinds), evaluation.mean_distance(y, kinds)
+    expected = evaluation.energy_distance(x, y, *spreads, paired=not kinds)
+    assert measured.scores(x)["ed_teach"] == pytest.approx(expected, rel=1e-6)

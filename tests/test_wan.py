@@ -321,3 +321,36 @@ def test_command_line(heads, capsys):
         with pytest.raises(SystemExit) as error:
             cli.run(lambda: wan.main(flags))         # noqa: B023
         assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_wans_own_names_are_these():
+    """Written out: renaming there and back would not notice two names that are exchanged."""
+    block = {"self_attn.q": "self_attn.q", "self_attn.k": "self_attn.k",
+             "self_attn.v": "self_attn.v", "self_attn.out": "self_attn.o",
+             "self_attn.norm_q": "self_attn.norm_q", "self_attn.norm_k": "self_attn.norm_k",
+             "cross_attn.q": "cross_attn.q", "cross_attn.k": "cross_attn.k",
+             "cross_attn.v": "cross_attn.v", "cross_attn.out": "cross_attn.o",
+             "cross_attn.norm_q": "cross_attn.norm_q", "cross_attn.norm_k": "cross_attn.norm_k",
+             "cross_attn.k_image": "cross_attn.k_img", "cross_attn.v_image": "cross_attn.v_img",
+             "cross_attn.norm_k_image": "cross_attn.norm_k_img", "norm_cross": "norm3",
+             "ffn.up": "ffn.0", "ffn.down": "ffn.2"}
+    top = {"patch_embed": "patch_embedding", "time_embed.up": "time_embedding.0",
+           "time_embed.down": "time_embedding.2", "time_proj": "time_projection.1",
+           "text_embed.up": "text_embedding.0", "text_embed.down": "text_embedding.2",
+           "image_embed.norm_in": "img_emb.proj.0", "image_embed.mlp.up": "img_emb.proj.1",
+           "image_embed.mlp.down": "img_emb.proj.3", "image_embed.norm_out": "img_emb.proj.4",
+           "head": "head.head"}
+    for ours, wans in top.items():
+        assert wan.their_name(f"{ours}.weight", "wan") == f"{wans}.weight"
+    for ours, wans in block.items():
+        assert wan.their_name(f"blocks.7.{ours}.bias", "wan") == f"blocks.7.{wans}.bias"
+    assert wan.their_name("blocks.7.modulation", "wan") == "blocks.7.modulation"
+    assert wan.their_name("head_modulation", "wan") == "head.modulation"
+
+
+def test_an_export_keeps_shift_and_gate(tmp_path):
+    config = replace(SMALL, gate=0.5)
+    folder = wan.export(finished_stage(tmp_path / "distill", config, shift=3.0), tmp_path / "out")
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["shift"] == 3.0 and wan.load(folder)[0] == config
+    assert wan.read_record(folder, config)["config"]["shift"] == 3.0

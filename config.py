@@ -15,6 +15,7 @@ STAGES = ("pretrain", "flowmap", "distill")
 # Names that flags accept. They stand here, too, as importing what has them would make --help wait
 # for torch.
 PRESETS = ("tiny", "toy", "wan-1.3b", "wan-5b", "wan-14b")
+TOY_SETS = ("shapes", "loop", "digits")       # toys.SETS
 DERIVATIVES = ("finite-difference", "jvp")
 TIME_EMBEDDINGS = ("interpolated", "added")
 VELOCITIES = ("data", "teacher")
@@ -267,11 +268,17 @@ def parse_config(argv=None) -> Config:
         values.pop("lora_alpha", None)               # it goes with the rank
     c = Config(**with_recipe(stage, values.get("preset", Config.preset), causal, values))
     c.base = "" if c.base == "none" else c.base
-    c.data = os.path.normpath(c.data) if c.data.strip() else c.data      # clips/ is clips
+    c.data = clips_at(c.data)
     check(c, given, parser)
     check_base(c, given, parser)
     c.lora_alpha = c.lora_alpha or float(c.lora_rank)
     return c
+
+
+def clips_at(data: str) -> str:
+    """--data as it is recorded: clips/ is clips, but ./digits is a folder, not the toy set."""
+    path = os.path.normpath(data) if data.strip() else data
+    return os.path.abspath(path) if path in TOY_SETS and path != data else path
 
 
 def default_run(given: dict) -> str:
@@ -279,13 +286,19 @@ def default_run(given: dict) -> str:
 
 
 def taken_over(run: Path, stage: str, causal: bool, fresh: bool) -> dict:
-    """Settings of the stage, if it was begun; else those that the stage before hands on."""
+    """Settings of the stage, if it was begun; else those that the stage before hands on, or the
+    teacher that is trained anew."""
     own = {} if fresh else record_of(run / folder_of(stage, causal))
     if own:                                          # a setting newer than it was at its default
         found = asdict(Config()) | own.get("config", {})
         return {field.name: found[field.name] for field in fields(Config) if field.name != "fresh"}
-    before = stage_before(stage)
-    found = record_of(run / folder_of(before, causal)).get("config", {}) if before else {}
+    before = stage_before(stage) or stage            # a teacher trained anew is of the same clips
+    try:
+        found = record_of(run / folder_of(before, causal)).get("config", {})
+    except ValueError:
+        if before != stage:
+            raise
+        found = {}
     return {name: found[name] for name in INHERITED.get(before, ()) if name in found}
 
 
@@ -311,6 +324,7 @@ def record_of(stage, *needed: str) -> dict:
     for field in fields(Config):
         value, kind = settings.get(field.name, field.default), type(field.default)
         fits = isinstance(value, (int, float) if kind is float else kind)
+        fits = fits and value in field.metadata.get("choices", [value])
         if not fits or kind is float and not math.isfinite(value):
             wrong.append(field.name)
     if wrong:
@@ -366,9 +380,9 @@ def check(c: Config, given: dict, parser) -> None:
                      "t, vanish; give that scale, such as --balance 0.1")
     if c.flow_fraction + c.consistency_fraction > 1:
         parser.error("--flow-fraction and --consistency-fraction: together at most 1")
-    for name in ("budgets", "chunks"):
+    for name in ("budgets", "chunks") if c.chunks else ("budgets",):
         try:
-            cli.positive_ints(getattr(c, name) or "1")
+            cli.positive_ints(getattr(c, name))
         except cli.argparse.ArgumentTypeError as error:
             parser.error(f"--{name} {error}")
     if c.lora_rank and c.stage == "pretrain" and not c.base:
@@ -382,7 +396,8 @@ def check_base(c: Config, given: dict, parser) -> None:
     """Ends with a message where a stage begins on another one of other clips, and no flag says of
     which it shall be."""
     own = Path(c.run_dir) / folder_of(c.stage, c.causal) / "config.json"
-    if not (Path(c.base) / "model.safetensors").exists() or own.exists() and not c.fresh:
+    has_record = c.base and (Path(c.base) / "model.safetensors").exists()
+    if not has_record or own.exists() and not c.fresh:
         return
     then = record_of(c.base).get("config", {})
     for name in ("preset", "frames", "size", "shift", "guidance"):

@@ -253,7 +253,7 @@ def read_captions(folder: Path, names: set[str]) -> tuple[dict[str, str], list[s
             problems.append(f"{file.name}: not UTF-8 text; save it as such")
             return ""
     for file in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(read(file).splitlines(), 1):
+        for number, line in enumerate(read(file).split("\n"), 1):    # no U+2028
             if not line.strip():
                 continue
             try:

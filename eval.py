@@ -78,15 +78,15 @@ class Frechet:
     """Frechet distance between sets of clips, in a feature space fixed by real clips."""
 
     def __init__(self, real: torch.Tensor, components: int = 64):
-        pixels = real.flatten(1).double()                        # (B, pixels)
-        self.mean = pixels.mean(0)
-        some = pixels[:1024] - self.mean                         # more would take a minute
+        self.mean = real.flatten(1).mean(0, dtype=torch.float64)             # (pixels,)
+        some = real[:1024].flatten(1) - self.mean                # more would take a minute
         _, vectors = torch.linalg.eigh(some @ some.T)            # the largest last
         self.basis = torch.linalg.qr(some.T @ vectors[:, -components:])[0]   # (pixels, components)
         self.real = self.statistics(real)
 
     def features(self, clips: torch.Tensor) -> torch.Tensor:
-        return (clips.flatten(1).double() - self.mean) @ self.basis
+        parts = clips.split(256)                                 # in fp64 a part at a time
+        return torch.cat([(part.flatten(1) - self.mean) @ self.basis for part in parts])
 
     def statistics(self, clips: torch.Tensor):
         features = self.features(clips)
@@ -257,7 +257,9 @@ def parse_models(run: Path, text: str | None) -> list[tuple[str, Path, str]]:
         text = ",".join(alike) + (",flowmap:consistency" if "flowmap" in alike else "")
     models = []
     for word in text.split(","):
-        name, _, sampler = word.partition(":")
+        name, _, sampler = word.rpartition(":")
+        if not name or "/" in sampler:                           # a colon of the path, or none
+            name, sampler = word, ""
         folder = folders.get(name, run / name)
         folder = folder if folder.exists() else Path(name)
         if not runs.finished(folder):
@@ -273,11 +275,12 @@ def parse_models(run: Path, text: str | None) -> list[tuple[str, Path, str]]:
 def main(argv=None) -> None:
     started = time.time()
     args = parse_args(argv)
-    run = args.run_dir or (Path("runs/toy-shapes") if args.models and "/" in args.models
-                           else default_run())
-    shipped = run.resolve() == SHIPPED.resolve()
-    out = args.out or (Path("runs/shipped") if shipped else run / "eval")
+    of_others = not args.run_dir and args.models and "/" in args.models
+    run = args.run_dir or (Path("runs/toy-shapes") if of_others else default_run())
     models = parse_models(run, args.models)
+    beside = models[0][1].parent if of_others else run
+    shipped = beside.resolve() == SHIPPED.resolve()
+    out = args.out or (Path("runs/shipped") if shipped else beside / "eval")
     cli.check_folder(out, "--out")
     check_clips([folder for _, folder, _ in models])
     config = record_of(models[0][1], "config")["config"]

@@ -249,12 +249,13 @@ class Handler(BaseHTTPRequestHandler):
             pass                                                 # a closed tab
 
     def is_refused(self, paths) -> bool:
-        """Whether it is another site's: its pages have another Origin, its name is another Host."""
-        host, origin = self.headers.get("Host"), self.headers.get("Origin")
-        own = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
+        """Whether it is another site's: its pages have another Origin, its name is another Host.
+        The port of Host may be that of a forward (ssh -L)."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        own = host.rpartition(":")[0] in ("127.0.0.1", "localhost")
         post = self.command == "POST"
         kind = self.headers.get("Content-Type") if post else "application/json"
-        right = (host in own and origin in (f"http://{host}", "" if post else None)
+        right = (own and origin in (f"http://{host}", "" if post else None)
                  and kind == "application/json" and self.path in paths)
         if not right:
             self.emit({"error": "only the page of this server is answered"}, 403)

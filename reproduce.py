@@ -9,6 +9,7 @@
 Runs and claims are those of claims.py. A run whose record is stale is made again. Each run takes
 one core, with the same bits however many go on beside it (--jobs). Stopped at any time, it goes on.
 """
+import importlib.util
 import json
 import math
 import os
@@ -215,6 +216,9 @@ def tables() -> None:
 
 def compare(run: Path) -> None:
     """Draw each quantity of a run's logs over its range in the records of the same stage."""
+    import runs
+    if not importlib.util.find_spec("matplotlib"):
+        raise ModuleNotFoundError("compare draws pictures: pip install matplotlib")
     found, logs = records(), sorted(run.glob("*/log.jsonl"))
     if not logs:
         raise ValueError(f"{run}: holds no log.jsonl of a stage; give the folder of a run, such as "
@@ -222,7 +226,9 @@ def compare(run: Path) -> None:
     for file in logs:
         told = file.parent / "config.json"
         data = cli.read_json(told).get("config", {}).get("data") if told.exists() else ""
-        rows = thinned([json.loads(line) for line in file.read_text().splitlines()])
+        whole = [line for line in file.read_text().splitlines(keepends=True)
+                 if runs.step_of(line) < math.inf]               # the last one may be cut short
+        rows = thinned([json.loads(line) for line in whole])
         if not rows:
             raise ValueError(f"{file}: has no row yet; it gets one every --log-every updates")
         picture = run / f"compare-{file.parent.name}.png"

@@ -150,11 +150,11 @@ def optimizer_step(part: checkpoint.Trainable, lr: float, clip: float) -> float:
 def train(c: Config) -> Path:
     """Train (or go on with) one stage; returns its folder. Raises ValueError with what to do when
     it cannot, OSError for what cannot be read or written."""
+    world = distributed.start(c.device, c.deterministic)
+    fresh, sums = runs.check_start(c, world)
+    source = runs.open_source(c, fresh)              # decodes videos: a signal ends it at once
     stopping = distributed.StopSignal()
     try:
-        world = distributed.start(c.device, c.deterministic)
-        fresh, sums = runs.check_start(c, world)
-        source = runs.open_source(c, fresh)
         if not fresh:
             runs.check_set(c, source)
         chunks_of(c, source.latent_shape[0])         # raises, before anything is loaded
@@ -242,7 +242,7 @@ def save_stage(c: Config, stage: Path, ema: dict, weights: networks.Weights, wor
     with the path of what it adapts, relative where that lies in the run."""
     adapter, base = None, Path(os.path.abspath(weights.student[1]))
     if c.lora_rank:
-        inside = base.is_relative_to(Path(c.run_dir).absolute())
+        inside = base.is_relative_to(os.path.abspath(c.run_dir))
         adapter = {"rank": c.lora_rank, "alpha": c.lora_alpha,
                    "base": os.path.relpath(base, stage) if inside else str(base),
                    "base_sha256": wan.fingerprint(base) if world.is_main else "",

@@ -715,3 +715,12 @@ def test_a_folders_clips_are_stretches_of_its_videos(tmp_path):
     assert (levels.round() - levels).abs().max() < 0.1
     starts = levels.round().int()
     assert (starts.diff(dim=1) == 1).all() and set(starts[:, 0].tolist()) == {0, 1, 2}
+
+
+def test_a_caption_may_hold_any_character_of_json(tmp_path):
+    clip = np.zeros((8, 16, 16, 3), np.uint8)
+    imageio.imwrite(tmp_path / "a.gif", clip, duration=125)
+    row = json.dumps({"file": "a.gif", "caption": "red\u2028blue\u0085green"}, ensure_ascii=False)
+    (tmp_path / "all.jsonl").write_text(row + "\n", encoding="utf-8")
+    _, (caption,) = Folder(tmp_path, 4, 16).clips(range(1))
+    assert caption.split() == ["red", "blue", "green"]

@@ -158,7 +158,13 @@ def test_one_at_a_time_others_are_told_and_a_closed_tab_ends_its_own(server):
 
 ELSEWHERE = [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"},
              {"Origin": None}, {"Host": "evil.example", "Origin": "http://evil.example"},
-             {"Content_Type": "text/plain"}]
+             {"Content_Type": "text/plain"}, {"Origin": "http://127.0.0.1:1"},
+             {"Host": "127.0.0.1.evil.example:80", "Origin": "http://127.0.0.1.evil.example:80"}]
+
+
+def test_the_page_is_answered_through_a_forwarded_port(server):
+    there = {"Host": "localhost:9000", "Origin": "http://localhost:9000"}
+    assert send(server, "/state", method="GET", **there).status == 200
 
 
 @pytest.mark.parametrize("headers", ELSEWHERE, ids=map(str, ELSEWHERE))

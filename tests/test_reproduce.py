@@ -229,7 +229,8 @@ def test_compare_draws_a_run_over_healthy_records(tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", closed.append)
     (tmp_path / "pretrain").mkdir()
     file = tmp_path / "pretrain" / "log.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in log))
+    rows = "".join(json.dumps(row) + "\n" for row in log)
+    file.write_text(rows + '{"step": 90, "lo')            # the last one was cut short
     (tmp_path / "pretrain" / "config.json").write_text('{"config": {"data": "shapes"}}')
     reproduce.main(["compare", str(tmp_path)])
     assert (tmp_path / "compare-pretrain.png").stat().st_size > 1000

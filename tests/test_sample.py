@@ -444,3 +444,21 @@ def test_what_is_alike_by_design_is_left_out_of_a_sets_distances(kinds):
     spreads = evaluation.mean_distance(x, kinds), evaluation.mean_distance(y, kinds)
     expected = evaluation.energy_distance(x, y, *spreads, paired=not kinds)
     assert measured.scores(x)["ed_teach"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_colon_in_a_path_is_no_sampler(finished, tmp_path):
+    (tmp_path / "at 12:30").symlink_to(finished)
+    stage = tmp_path / "at 12:30" / "distill"
+    words = f"{stage},{stage}:consistency"
+    assert evaluation.parse_models(tmp_path, words) == [
+        (str(stage), stage, "euler"), (f"{stage}:consistency", stage, "consistency")]
+
+
+def test_features_of_many_clips_are_those_of_each():
+    clips = torch.randn(600, 2, 3, 4, 4, generator=generator("clips"))
+    space = evaluation.Frechet(clips, 8)
+    centred = clips.flatten(1).double() - clips.flatten(1).double().mean(0)
+    torch.testing.assert_close(space.features(clips), centred @ space.basis)
+    values = torch.linalg.eigvalsh(centred.T @ centred).flip(0)[:8]          # the main components
+    torch.testing.assert_close(space.features(clips).square().sum(0).sort(descending=True)[0],
+                               values)

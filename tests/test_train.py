@@ -17,8 +17,10 @@ import encoders
 import meanflow
 import model
 import networks
+import runs
+import toys
 import train
-from config import Config, parse_config
+from config import TOY_SETS, Config, clips_at, parse_config
 from stages import (
     BEFORE,
     FOLDERS,
@@ -540,3 +542,52 @@ def test_a_step_clips_the_gradient_and_has_the_rate_it_is_given():
     torch.testing.assert_close(average, torch.tensor([[0.6, -0.8]]))
     torch.testing.assert_close(net.weight - before, torch.tensor([[-0.01, 0.01]]), rtol=1e-3,
                                atol=0)
+
+
+def test_a_signal_ends_what_comes_before_training_at_once(tmp_path, monkeypatch):
+    """Videos may be decoded for hours there."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def opened(c, fresh):
+        assert signal.getsignal(signal.SIGTERM) is before
+        raise ValueError("decoding")
+    monkeypatch.setattr(runs, "open_source", opened)
+    with pytest.raises(ValueError, match="decoding"):
+        trained(tmp_path / "run", "pretrain")
+
+
+def test_a_folder_that_is_named_as_a_toy_set_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert clips_at("./digits") == clips_at("digits/") == str(tmp_path / "digits")
+    assert clips_at("digits") == "digits" and clips_at("clips/") == "clips"
+    assert set(TOY_SETS) == set(toys.SETS)
+
+
+def test_a_teacher_that_is_trained_anew_keeps_its_clips(tmp_path):
+    words, stage = ["--stage", "pretrain", "--run-dir", str(tmp_path)], tmp_path / "pretrain"
+    stage.mkdir()
+    record = {"config": asdict(Config(stage="pretrain", preset="tiny", data="loop", lr=0.5))}
+    (stage / "config.json").write_text(json.dumps(record))
+    c = parse_config([*words, "--fresh"])
+    assert (c.preset, c.data) == ("tiny", "loop") and c.lr != 0.5
+    (stage / "config.json").write_text("{")
+    assert parse_config([*words, "--fresh"]).data == "shapes"        # nothing is known of it
+    with pytest.raises(ValueError, match="config.json"):
+        parse_config(words)
+
+
+def test_a_record_of_an_unknown_choice_is_refused(tmp_path):
+    (tmp_path / "flowmap").mkdir()
+    file = tmp_path / "flowmap" / "config.json"
+    file.write_text(json.dumps({"config": asdict(Config(flow_times="none"))}))
+    with pytest.raises(ValueError, match="flow_times missing or of another kind"):
+        parse_config(["--stage", "flowmap", "--run-dir", str(tmp_path)])
+
+
+def test_the_working_folder_is_no_base(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"size": 32}}))
+    monkeypatch.chdir(tmp_path)
+    assert parse_config(["--run-dir", str(tmp_path / "run")]).size == 16
+    with pytest.raises(SystemExit):
+        parse_config(["--stage", "distill", "--budgets", "", "--run-dir", str(tmp_path / "run")])

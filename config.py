@@ -380,7 +380,8 @@ def check(c: Config, given: dict, parser) -> None:
                      "t, vanish; give that scale, such as --balance 0.1")
     if c.flow_fraction + c.consistency_fraction > 1:
         parser.error("--flow-fraction and --consistency-fraction: together at most 1")
-    for name in ("budgets", "chunks") if c.chunks else ("budgets",):
+    lists = ("budgets", "chunks") if c.chunks else ("budgets",)
+    for name in lists:
         try:
             cli.positive_ints(getattr(c, name))
         except cli.argparse.ArgumentTypeError as error:
@@ -396,8 +397,8 @@ def check_base(c: Config, given: dict, parser) -> None:
     """Ends with a message where a stage begins on another one of other clips, and no flag says of
     which it shall be."""
     own = Path(c.run_dir) / folder_of(c.stage, c.causal) / "config.json"
-    has_record = c.base and (Path(c.base) / "model.safetensors").exists()
-    if not has_record or own.exists() and not c.fresh:
+    is_finished = c.base and (Path(c.base) / "model.safetensors").exists()
+    if not is_finished or own.exists() and not c.fresh:
         return
     then = record_of(c.base).get("config", {})
     for name in ("preset", "frames", "size", "shift", "guidance"):

@@ -50,8 +50,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="the teacher's guidance scale (default: the one fused into the flow map)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
         help="auto, cpu or cuda (default auto)")
-    add("--out", type=Path, help="folder for the results (default RUN_DIR/eval; "
-        "runs/shipped of what is shipped)")
+    add("--out", type=Path, help="folder for the results (default: eval in the run, that of the "
+        "first of --models where they are paths; runs/shipped of what is shipped)")
     return parser.parse(argv)
 
 

@@ -81,7 +81,7 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
         lower = torch.where(r < t, r, 0.0)
         derivative = DERIVATIVES[settings.derivative]
         du_dt = derivative(u, z_t[rest], t[rest], lower[rest], v[rest], settings.epsilon)
-        change = expand(tangent * (t - r)[rest] / w[rest], du_dt) * du_dt    # dF/dt = du_dt / w
+        change = expand(tangent * (t - r)[rest] / w[rest], du_dt) * du_dt    # dF/dt ~ du_dt / w
         target = torch.cat([v[:flow_rows], v[rest] - change])
     return (F - target).square().flatten(1).mean(1)
 

@@ -216,7 +216,7 @@ def tables() -> None:
 
 def compare(run: Path) -> None:
     """Draw each quantity of a run's logs over its range in the records of the same stage."""
-    import runs
+    import runs  # here, as it imports torch
     if not importlib.util.find_spec("matplotlib"):
         raise ModuleNotFoundError("compare draws pictures: pip install matplotlib")
     found, logs = records(), sorted(run.glob("*/log.jsonl"))

@@ -60,9 +60,9 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
         if c.stage == "flowmap" or c.stage == "distill" and c.cotrain:
             err = updates.flow_map_error(student, batch, c, nets.get("teacher"))
             loss = balanced(err, batch, flow_errors, c, log)
-            alone = c.stage == "flowmap" and batch.whole_t is None
-            backward(loss if c.stage == "flowmap" else c.cotrain * loss, student, last and alone,
-                     c, world)
+            loss = loss if c.stage == "flowmap" else c.cotrain * loss
+            only = c.stage == "flowmap" and batch.whole_t is None    # no other pass follows
+            backward(loss, student, last and only, c, world)
         if batch.whole_t is not None:
             err = updates.whole_clip_error(student, batch, c)
             log.add("err_whole", err)

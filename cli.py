@@ -53,9 +53,8 @@ class Parser(argparse.ArgumentParser):
             options = {"action": argparse.BooleanOptionalAction}
             if kind is not bool:
                 options = {"type": choice(choices) if choices else kind, "least": -LARGEST,
-                           "metavar": kind.__name__.upper()}      # config.check has the bounds
-            if choices:
-                options["metavar"] = f"{{{','.join(choices)}}}"
+                           "metavar": f"{{{','.join(choices)}}}" if choices else
+                           kind.__name__.upper()}                 # config.check has the bounds
             name = field.name.replace("_", "-")
             if "alone" in field.metadata:            # a number that may be left out, and 0
                 options |= {"nargs": "?", "const": field.metadata["alone"]}

@@ -340,7 +340,7 @@ def test_a_causal_adapter_stage_as_a_base(tmp_path):
 
 
 def test_adapters_of_different_bases_do_not_mix(tmp_path, monkeypatch):
-    run = partial(trained, tmp_path / "run", steps=1)
+    run = partial(trained, tmp_path / "run" / ".." / "run", steps=1)
     with pytest.raises(SystemExit):
         trained(tmp_path / "run", "pretrain", "--lora-rank", "2")              # nothing to adapt
     run("pretrain")

@@ -462,3 +462,20 @@ def test_features_of_many_clips_are_those_of_each():
     values = torch.linalg.eigvalsh(centred.T @ centred).flip(0)[:8]          # the main components
     torch.testing.assert_close(space.features(clips).square().sum(0).sort(descending=True)[0],
                                values)
+
+
+def test_a_step_shows_the_given_frames_as_they_are(bidirectional):
+    seen, given = [], torch.ones(1, 1, *bidirectional.latent_shape[1:])
+    z_0 = clip_of(bidirectional, given=given, on_step=seen.append)
+    assert len(seen) == 2 and all(torch.equal(z[:, :1], given) for z in seen)
+    torch.testing.assert_close(seen[-1], z_0)
+
+
+def test_figures_of_other_runs_are_kept_beside_them(finished, monkeypatch):
+    def found(folder, flag):
+        raise ValueError(f"in {folder}")
+    monkeypatch.setattr(evaluation.cli, "check_folder", found)
+    for words in (["--run-dir", str(finished)], ["--models", str(finished / "distill")]):
+        with pytest.raises(ValueError) as error:
+            evaluation.main(words)
+        assert str(error.value) == f"in {finished / 'eval'}"

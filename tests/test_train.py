@@ -591,3 +591,9 @@ def test_the_working_folder_is_no_base(tmp_path, monkeypatch):
     assert parse_config(["--run-dir", str(tmp_path / "run")]).size == 16
     with pytest.raises(SystemExit):
         parse_config(["--stage", "distill", "--budgets", "", "--run-dir", str(tmp_path / "run")])
+
+
+def test_help_names_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    assert "--time-weight {beta,uniform,normal}" in capsys.readouterr().out

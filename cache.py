@@ -110,6 +110,14 @@ def teacher_forced(network, x: torch.Tensor, context, chunks, full_chunks: int) 
     return replace(context, cache=cache + clean)
 
 
+EVERYTHING = 10**9           # chunks
+
+
+def newest(cache: tuple, count: int) -> tuple:
+    """The last `count` chunks, or as many as there are."""
+    return cache[max(0, len(cache) - count):]
+
+
 def append_chunk(network, context: Context, z_0: torch.Tensor, full_chunks: int,
                  window: int = 0) -> Context:
     """The context of the next chunk, once z_0 (B, F, C, H, W) is finished.
@@ -118,24 +126,27 @@ def append_chunk(network, context: Context, z_0: torch.Tensor, full_chunks: int,
     compressed (0: all in full). A chunk that leaves the full ones is compressed once: it sees only
     compressed chunks, so its keys never change. The full ones that remain are encoded again, since
     their past has one compressed chunk more. window > 0: only the last `window` chunks are kept,
-    and the full ones in any case.
+    and the full ones in any case. They are cut before z_0 is encoded, so that with the window of
+    training no chunk sees more of the past than there.
     """
     start = context.start + z_0.shape[1]
+    window = window or EVERYTHING
     if not full_chunks:
-        cache = context.cache + network.encode(z_0, context)
-        return replace(context, cache=cache[-window:], start=start)      # -0: all of it
+        cache = newest(context.cache, window - 1)
+        cache += network.encode(z_0, replace(context, cache=cache))
+        return replace(context, cache=cache, start=start)
 
     full = [*context.full_latents, z_0]
     cache = tuple(chunk for chunk in context.cache if chunk.stride > 1)
     first = start - sum(z.shape[1] for z in full)
-    while len(full) >= full_chunks:
+    if len(full) == full_chunks:
         z = full.pop(0)
-        before = replace(context, cache=cache, start=first, chunks=())
-        cache += network.encode(z, before, compressed=True)
+        places = window - len(full)                  # for compressed chunks, z's own included
+        cache = newest(cache, max(0, places - 1))
+        if places > 0:
+            before = replace(context, cache=cache, start=first, chunks=())
+            cache += network.encode(z, before, compressed=True)
         first += z.shape[1]
-    if window:
-        left = max(0, window - len(full))
-        cache = cache[-left:] if left else ()
     if full:
         lengths = tuple(z.shape[1] for z in full)
         before = replace(context, cache=cache, start=first, chunks=lengths)

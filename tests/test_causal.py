@@ -101,6 +101,24 @@ def test_rows_of_a_context():
     torch.testing.assert_close(some, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_behind_a_window_chunks_are_written_as_in_a_clip_of_its_length():
+    """A chunk that is dropped is nowhere in the keys of those that are written later."""
+    net, (z, _, _, text) = network(CAUSAL), inputs(CAUSAL, frames=7)
+    context = Context(text)
+    for i in range(6):
+        context = append_chunk(net, context, z[:, i:i + 1], 3, window=4)
+    *kept, newest = context.cache[:2]
+    before = replace(context, cache=tuple(kept), start=3)
+    expected = net.encode(z[:, 3:4], before, compressed=True)
+    before = replace(context, cache=(*kept, newest), start=4, chunks=(1, 1))
+    expected += net.encode(z[:, 4:6], before)
+    assert [chunk.stride for chunk in context.cache] == [2, 2, 1, 1]
+    for chunk, other in zip(context.cache[1:], expected, strict=True):
+        for (keys, values), (other_keys, other_values) in zip(chunk.keys_values, other.keys_values):
+            torch.testing.assert_close(keys, other_keys)
+            torch.testing.assert_close(values, other_values)
+
+
 def test_the_window_bounds_the_past():
     net, (z, _, _, text) = network(CAUSAL), inputs(CAUSAL, frames=1)
     for full_chunks, window in ((0, 2), (3, 5), (3, 2), (3, 1), (1, 2)):

@@ -5,6 +5,7 @@ then the recipe of the preset; then the defaults here.
 """
 import math
 import os
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -220,10 +221,14 @@ def recipe(preset: str, stage: str, causal: bool) -> dict:
 
 def with_recipe(stage: str, preset: str, causal: bool, given: dict) -> dict:
     """What differs from the defaults: the recipe, and over it what is given. DMD's teacher has the
-    guidance that is fused into the flow map, unless one of them says otherwise."""
-    found = recipe(preset, stage, causal) | given
-    fused = {"real_guidance": found.get("guidance", Config.guidance)}
-    return (fused if stage == "distill" else {}) | found
+    guidance that is fused into the flow map, unless that is the recipe's, which may have another
+    for the teacher, or it is given."""
+    own = recipe(preset, stage, causal)
+    found = own | given
+    fused, usual = (some.get("guidance", Config.guidance) for some in (found, own))
+    if stage == "distill" and (fused != usual or "real_guidance" not in own):
+        found["real_guidance"] = given.get("real_guidance", fused)
+    return found
 
 
 def stage_before(stage: str) -> str:
@@ -239,7 +244,7 @@ def folder_of(stage: str, causal: bool) -> str:
 def command(stage: str, causal: bool, run_dir) -> str:
     """The command that trains a stage, or goes on with it."""
     form = "--causal " if causal and stage != "pretrain" else ""
-    return f"python train.py {form}--stage {stage} --run-dir {run_dir}"
+    return f"python train.py {form}--stage {stage} --run-dir {shlex.quote(str(run_dir))}"
 
 
 def default_text(field) -> str:
@@ -378,6 +383,9 @@ def check(c: Config, given: dict, parser) -> None:
     if c.velocity == "teacher" and not c.balance:
         parser.error("--velocity teacher: the errors with r = t, whose mean scales those with r < "
                      "t, vanish; give that scale, such as --balance 0.1")
+    if c.derivative == "jvp" and (c.bf16 or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        parser.error("--derivative jvp is for one process and --no-bf16: FSDP has no forward-mode "
+                     "differentiation")
     if c.flow_fraction + c.consistency_fraction > 1:
         parser.error("--flow-fraction and --consistency-fraction: together at most 1")
     lists = ("budgets", "chunks") if c.chunks else ("budgets",)
@@ -394,11 +402,16 @@ def check(c: Config, given: dict, parser) -> None:
 
 
 def check_base(c: Config, given: dict, parser) -> None:
-    """Ends with a message where a stage begins on another one of other clips, and no flag says of
-    which it shall be."""
+    """Ends with a message where a stage begins on weights of another kind, or on a stage of other
+    clips, and no flag says of which it shall be."""
     own = Path(c.run_dir) / folder_of(c.stage, c.causal) / "config.json"
-    is_finished = c.base and (Path(c.base) / "model.safetensors").exists()
-    if not is_finished or own.exists() and not c.fresh:
+    if not c.base or own.exists() and not c.fresh:
+        return
+    if not (Path(c.base) / "model.safetensors").exists():        # no stage
+        if c.preset == Config.preset and "preset" not in given and Path(c.base).exists():
+            wan = " or ".join(name for name in PRESETS if name.startswith("wan"))
+            parser.error(f"--base {c.base} is no finished stage, and without --preset the recipe "
+                         f"is that of the toy sets: say --preset {wan}")
         return
     then = record_of(c.base).get("config", {})
     for name in ("preset", "frames", "size", "shift", "guidance"):

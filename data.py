@@ -86,13 +86,18 @@ def open_data(name: str, frames: int = 8, size: int = 16, held_out: bool = False
                          f"size = {size}")
     if name in SETS:
         return SETS[name](frames, size)
-    if any((Path(name) / file).exists() for file in ("manifest.json", "made_by.json")):
+    if is_shards(name):
         return Shards(name)
     if not Path(name).is_dir():
         near = nearest_word(str(name), list(SETS))
         raise ValueError(f"no data set or folder {str(name)!r}: choose {', '.join(SETS)} "
                          f"(nearest: {near}) or the path of a folder of clips or shards")
     return Folder(name, frames, size, held_out)
+
+
+def is_shards(name: str) -> bool:
+    """Whether --data is a folder of shards, finished or not."""
+    return any((Path(name) / file).exists() for file in ("manifest.json", "made_by.json"))
 
 
 class Folder:
@@ -107,6 +112,7 @@ class Folder:
 
     def __init__(self, path, frames: int = 8, size: int = 16, held_out: bool = False):
         self.frames, self.size, self.attributes = frames, size, {}
+        encoders.check_sides(frames, size, size)     # before what takes time
         files, usable = videos_in(Path(path)), []
         captions, problems = read_captions(Path(path), {file.name for file in files})
         captions = {name: text for name, text in captions.items() if encoders.split_words(text)}

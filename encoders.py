@@ -16,28 +16,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
+PATCH = 2, 4, 4              # frames, rows, columns
+
 
 class PatchPCA:
     """Stand-in for a video autoencoder: each patch of pixels (P = 2 x 4 x 4 x 3 = 96 values) is
     projected to C principal components. They keep their decaying variances; one scale makes the
     latents' variance 1."""
     fps = 8                                                      # of the networks' clips
+    pixels = PATCH[1]                                            # of a latent, each way
 
-    def __init__(self, mean, basis, scale, patch=(2, 4, 4)):
+    def __init__(self, mean, basis, scale):
         self.mean, self.basis, self.scale = mean, basis, scale   # (P,), (P, C), ()
-        self.patch = tuple(int(p) for p in patch)                # frames, rows, columns
-        self.pixels = self.patch[1]                              # of a latent, each way
 
     @classmethod
-    def fit(cls, video, channels: int = 48, patch=(2, 4, 4)) -> "PatchPCA":
+    def fit(cls, video, channels: int = 48) -> "PatchPCA":
         """Fits video (B, T, 3, H, W), or a function that gives it in parts, each time it is called.
         ValueError if the patch does not divide it or C > P."""
-        if not 1 <= channels <= 3 * prod(patch):
-            raise ValueError(f"channels must be 1 to {3 * prod(patch)}, the values of a patch, not "
+        if not 1 <= channels <= 3 * prod(PATCH):
+            raise ValueError(f"channels must be 1 to {3 * prod(PATCH)}, the values of a patch, not "
                              f"{channels}")
         def patches():
             for part in video() if callable(video) else [video]:
-                yield split_patches(part, patch).flatten(0, 3).double()            # (patches, P)
+                yield split_patches(part).flatten(0, 3).double()                   # (patches, P)
         count, total = 0, 0.0
         for x in patches():
             count, total = count + len(x), total + x.sum(0)
@@ -48,11 +49,11 @@ class PatchPCA:
         # An eigenvector is known up to its sign: its largest entry is made positive.
         basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
         scale = values.mean().clamp(min=1e-12).sqrt()
-        return cls(mean.float(), basis.float().contiguous(), scale.float(), patch)
+        return cls(mean.float(), basis.float().contiguous(), scale.float())
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """(B, T, 3, H, W) -> (B, F, C, h, w). ValueError if the patch does not divide T, H, W."""
-        x = split_patches(video.float(), self.patch)             # (B, F, h, w, P)
+        x = split_patches(video.float())                         # (B, F, h, w, P)
         z = (x - self.mean) @ self.basis / self.scale
         return z.permute(0, 1, 4, 2, 3).contiguous()             # (B, F, C, h, w)
 
@@ -60,34 +61,36 @@ class PatchPCA:
         """(B, F, C, h, w) -> (B, T, 3, H, W), clamped to [-1, 1]."""
         z = latents.float().permute(0, 1, 3, 4, 2) * self.scale
         x = z @ self.basis.T + self.mean                                  # (B, F, h, w, P)
-        x = x.unflatten(4, (self.patch[0], 3, *self.patch[1:]))           # (B, F, h, w, 2, 3, 4, 4)
+        x = x.unflatten(4, (PATCH[0], 3, *PATCH[1:]))                     # (B, F, h, w, 2, 3, 4, 4)
         x = x.permute(0, 1, 4, 5, 2, 6, 3, 7)                             # (B, F, 2, 3, h, 4, w, 4)
         return x.flatten(6, 7).flatten(4, 5).flatten(1, 2).clamp(-1, 1)
 
     def frames(self, latents: int) -> int:
         """Pixel frames of so many latent frames."""
-        return latents * self.patch[0]
+        return latents * PATCH[0]
 
     def decoder(self):
         """A function that decodes the chunks of a video one after the other."""
         return self.decode
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {"mean": self.mean, "basis": self.basis, "scale": self.scale,
-                "patch": torch.tensor(self.patch)}
+        return {"mean": self.mean, "basis": self.basis, "scale": self.scale}
 
     @classmethod
     def from_state(cls, state: dict[str, torch.Tensor]) -> "PatchPCA":
-        return cls(state["mean"], state["basis"], state["scale"], state["patch"].tolist())
+        return cls(state["mean"], state["basis"], state["scale"])
 
 
-def split_patches(video: torch.Tensor, patch) -> torch.Tensor:
+def check_sides(*sides: int) -> None:
+    """Raises ValueError unless patches fill clips of these frames, rows, columns."""
+    if any(side % p for side, p in zip(sides, PATCH)):
+        raise ValueError(f"frames x height x width {sides} must be divisible by the patch {PATCH}")
+
+
+def split_patches(video: torch.Tensor) -> torch.Tensor:
     """(B, T, 3, H, W) -> (B, F, h, w, P), P in the order frame, colour, row, column."""
-    sides = (video.shape[1], *video.shape[3:])
-    if any(side % p for side, p in zip(sides, patch)):
-        raise ValueError(f"frames x height x width {sides} must be divisible by the patch "
-                         f"{tuple(patch)}")
-    t, p, q = patch
+    check_sides(video.shape[1], *video.shape[3:])
+    t, p, q = PATCH
     x = video.unflatten(4, (-1, q)).unflatten(3, (-1, p)).unflatten(1, (-1, t))
     # x: (B, F, t, 3, h, p, w, q)
     return x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4)

@@ -46,8 +46,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="clips a model and step count (default 480)")
     add("--length", type=int, least=1, default=1,
         help="causal: clips of so many times the trained length (default 1)")
-    add("--guidance", type=float,
-        help="the teacher's guidance scale (default: the one fused into the flow map)")
+    add("--guidance", type=float, help="guidance scale of the teacher, and of flow maps that have "
+        "none fused in (default: the teacher's is that of the first flow map; 1)")
+    add("--data", help="the clips, where they have moved (default: as in training)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
         help="auto, cpu or cuda (default auto)")
     add("--out", type=Path, help="folder for the results (default: eval in the run, that of the "
@@ -252,8 +253,8 @@ def parse_models(run: Path, text: str | None) -> list[tuple[str, Path, str]]:
     if text is None:
         newest_stage(run)                                        # or the error that there is none
         # What is shipped holds a causal student of another set.
-        clips = {name: clips_of(folders[name]) for name in finished}
-        alike = [name for name in finished if clips[name] == clips[finished[0]]]
+        first = folders[finished[0]]
+        alike = [name for name in finished if not runs.other_clips(first, folders[name])]
         text = ",".join(alike) + (",flowmap:consistency" if "flowmap" in alike else "")
     models = []
     for word in text.split(","):
@@ -282,12 +283,16 @@ def main(argv=None) -> None:
     shipped = beside.resolve() == SHIPPED.resolve()
     out = args.out or (Path("runs/shipped") if shipped else beside / "eval")
     cli.check_folder(out, "--out")
-    check_clips([folder for _, folder, _ in models])
-    config = record_of(models[0][1], "config")["config"]
-    dataset = data.open_data(config["data"], config["frames"], config["size"], held_out=True)
+    first = models[0][1]
+    config = record_of(first, "config", "data", "frames", "size")["config"]
+    for _, folder, _ in models[1:]:
+        if difference := runs.other_clips(first, folder):
+            raise ValueError(f"--models: {difference}; measure them one after the other")
+    clips = args.data or config["data"]
+    dataset = data.open_data(clips, config["frames"], config["size"], held_out=True)
     if isinstance(dataset, data.Shards):
-        raise ValueError(f"{models[0][1]} was trained on the shards {config['data']}, and "
-                         "latents are no clips to compare with: measure it with VBench")
+        raise ValueError(f"{first} was trained on the shards {clips}, and latents are no clips to "
+                         "compare with: measure it with VBench (sample.py --vbench)")
     device = distributed.start(args.device).device
     pipelines = {folder: load_pipeline(folder, device) for _, folder, _ in models}
     teacher = teacher_pipeline(pipelines, device)
@@ -295,8 +300,8 @@ def main(argv=None) -> None:
         raise ValueError(f"--length {args.length} is for causal models only")
     chunks = {p.chunks: folder for folder, p in pipelines.items() if len(p.chunks) > 1}
     if len(chunks) > 1:
-        (first, a), (other, b) = list(chunks.items())[:2]
-        raise ValueError(f"--models: {a} has chunks of {list(first)}, {b} of {list(other)}; "
+        (some, a), (others, b) = list(chunks.items())[:2]
+        raise ValueError(f"--models: {a} has chunks of {list(some)}, {b} of {list(others)}; "
                          "measure them one after the other")
     causal = [p for p in pipelines.values() if len(p.chunks) > 1]
     lengths = [causal[0].codec.frames(chunk) for chunk in causal[0].chunks] if causal else []
@@ -317,22 +322,6 @@ def main(argv=None) -> None:
     print(f"in {out}: {', '.join(written)} ({time.time() - started:.0f} s)")
 
 
-def clips_of(stage: Path) -> dict:
-    """The settings that say which clips a stage was trained on."""
-    config = record_of(stage, "config", "data", "frames", "size")["config"]
-    return {name: config[name] for name in ("data", "frames", "size")}
-
-
-def check_clips(stages: list[Path]) -> None:
-    """Raises ValueError for stages that cannot be measured on one set."""
-    first = clips_of(stages[0])
-    for stage in stages[1:]:
-        for name, value in clips_of(stage).items():
-            if value != first[name]:
-                raise ValueError(f"--models: {stages[0]} was trained with --{name} {first[name]}, "
-                                 f"{stage} with {value}; measure them one after the other")
-
-
 def teacher_pipeline(pipelines: dict[Path, Pipeline], device) -> Pipeline | None:
     """The first teacher among them, or that of the run of the first, if it knows the same clips."""
     for pipeline in pipelines.values():
@@ -340,23 +329,26 @@ def teacher_pipeline(pipelines: dict[Path, Pipeline], device) -> Pipeline | None
             return pipeline
     first = next(iter(pipelines))
     teacher = runs.teacher_of(first.parent)
-    alike = runs.finished(teacher) and clips_of(teacher) == clips_of(first)
+    alike = runs.finished(teacher) and not runs.other_clips(teacher, first)
     return load_pipeline(teacher, device) if alike else None
 
 
-def guidance_of(pipeline: Pipeline, sampler: str, args) -> float:
-    """1 for flow maps, which have it built in."""
-    if pipeline.network.config.second_time:
-        return 1.0
-    return args.guidance or pipeline.default_guidance(sampler)
+def guidance_of(pipeline: Pipeline, sampler: str, asked: float | None, fused: list) -> float:
+    """What is asked for, but of flow maps that have theirs built in. fused: what the flow maps
+    beside have; a teacher has that of the first, as both aim at the same clips."""
+    is_teacher = not pipeline.network.config.second_time
+    if asked and (is_teacher or pipeline.config["guidance"] == 1):
+        return asked
+    if is_teacher and fused and sampler == "euler":
+        return fused[0]
+    return pipeline.default_guidance(sampler)
 
 
-def sample(pipeline: Pipeline, sampler: str, steps: int, first_seed: int, captions, args):
+def sample(pipeline: Pipeline, sampler: str, steps: int, first_seed: int, captions, guidance, args):
     seeds = list(range(first_seed, first_seed + len(captions)))
     grid = flowmap.time_grid(steps, pipeline.config["shift"])
     chunks = pipeline.chunks * args.length if len(pipeline.chunks) > 1 else None
-    return generate(pipeline, captions, seeds, grid, sampler,
-                    guidance_of(pipeline, sampler, args), chunks=chunks)
+    return generate(pipeline, captions, seeds, grid, sampler, guidance, chunks=chunks)
 
 
 def measure(evaluation: EvaluationSet, models, pipelines, teacher: Pipeline | None,
@@ -367,13 +359,16 @@ def measure(evaluation: EvaluationSet, models, pipelines, teacher: Pipeline | No
             for steps in args.steps]
     total = sum(steps for _, _, _, steps in jobs) + (TEACHER_STEPS if teacher else 0)
     bar = tqdm(total=total, desc="eval    ", unit="step", mininterval=1.0, dynamic_ncols=True)
+    fused = [p.config["guidance"] for _, p, _, _ in jobs if p.network.config.second_time]
     if teacher:
         seed = HELD_OUT + len(captions)
-        clips = sample(teacher, "euler", TEACHER_STEPS, seed, captions, args)
+        guidance = guidance_of(teacher, "euler", args.guidance, fused)
+        clips = sample(teacher, "euler", TEACHER_STEPS, seed, captions, guidance, args)
         evaluation.teacher = evaluation.features(clips)
         bar.update(TEACHER_STEPS)
     for label, pipeline, sampler, steps in jobs:
-        clips = sample(pipeline, sampler, steps, HELD_OUT, captions, args)
+        guidance = guidance_of(pipeline, sampler, args.guidance, fused)
+        clips = sample(pipeline, sampler, steps, HELD_OUT, captions, guidance, args)
         for i, stretch in enumerate(clips.split(dataset.frames, 1)):
             name = f"{label} #{i + 1}" if args.length > 1 else label
             rows.append({"model": name, "steps": steps, **evaluation.scores(stretch)})

@@ -187,8 +187,8 @@ def find_adapters(c: Config, origins: dict) -> tuple[str, dict]:
     own = None if c.base else checkpoint.load_model(place)[2]
     base = own["base"] if own else place
     if not Path(base).exists():
-        raise ValueError(f"{place} adapts the weights {base}, which are not there: put them there "
-                         "again, or run where they are")
+        raise ValueError(f"{place} adapts the weights {base}, which are not there: put them, or a "
+                         "link to them, there again")
     if own and own.get("base_sha256", "") not in ("", wan.fingerprint(base)):
         raise ValueError(f"{place} adapts other weights than {base} holds now: train it anew with "
                          "--fresh")

@@ -37,7 +37,7 @@ class Pipeline:
     null_prompt: str = ""        # what stands for no prompt
     picture: object = None       # encoders.WanPicture, for networks that see the first frame
     batch: int = 48              # clips made at a time
-    fps: int = 8                 # frames a second of a clip
+    fps: float = 8               # frames a second of a clip
     adapter: str = ""            # of the network, that is sampled
 
     def default_guidance(self, sampler: str) -> float:
@@ -81,8 +81,9 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
         words = encoders.WanText(base, device, record.get("text_length", 512))
     else:
         words = encoders.Words(record["vocabulary"], config.text_dim, record["text_length"])
+    made_by = record.get("set", {}).get("made by") or {}         # of shards, with their own fps
     pipeline = Pipeline(network, codec, words, record["config"], tuple(record["latent_shape"]),
-                        tuple(record["chunks"]), fps=codec.fps,
+                        tuple(record["chunks"]), fps=made_by.get("fps", codec.fps),
                         adapter=ADAPTER if adapter else "")
     if of_wan:
         pipeline.null_prompt = encoders.NEGATIVE_PROMPT

@@ -291,8 +291,9 @@ def parse(argv=None):
         metavar="NAME",
         help=f"only these, and what they start from (default all): {', '.join(claims.RUNS)}")
     add("--seeds", type=int, least=1, default=3, help="seeds 0 to so many less one (default 3)")
-    add("--jobs", type=int, least=1, default=os.cpu_count(),
-        help=f"runs at a time, a core each (default all cores, {os.cpu_count()} here)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--jobs", type=int, least=1, default=cores,
+        help=f"runs at a time, a core each (default all cores, {cores} here)")
     add("--device", type=cli.choice(("cpu", "cuda")), default="cpu", metavar="NAME",
         help="cpu or cuda, of which jobs share one (default cpu: the same bits on one machine)")
     args = parser.parse(argv)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -72,21 +73,30 @@ def teacher_of(run) -> Path:
     if finished(own):
         return own
     for stage in ("flowmap", "causal-flowmap"):
-        now = record_of(Path(run) / stage).get("config", {})
-        base = now.get("base")
-        if base and finished(base):
-            then = record_of(base).get("config", {})
-            alike = [then.get(name) == now.get(name) for name in ("data", "frames", "size")]
-            if then.get("stage") == "pretrain" and all(alike):
+        base = record_of(Path(run) / stage).get("config", {}).get("base")
+        if base and finished(base) and not other_clips(base, Path(run) / stage):
+            if record_of(base).get("config", {}).get("stage") == "pretrain":
                 return Path(base)
     return own
 
 
+def other_clips(first, other) -> str:
+    """In what the clips of two stages differ, or ''. Those that were moved are the same if what
+    they hold is."""
+    a, b = record_of(first), record_of(other)
+    for name in ("data", "frames", "size"):
+        then, now = (record.get("config", {}).get(name) for record in (a, b))
+        held = name == "data" and not {then, now} & set(SETS) and a.get("set")
+        if then != now and not (held and held == b.get("set")):
+            return f"{first} was trained with --{name} {then}, {other} with {now}"
+    return ""
+
+
 def first_command(c: Config, stage: str) -> str:
     """The command that begins a stage of the run."""
-    flags = {"preset": c.preset, "data": c.data}
-    given = [f" --{name} {value}" for name, value in flags.items()
-             if value != getattr(Config, name)]
+    given = [f" --{name} {shlex.quote(str(getattr(c, name)))}"
+             for name in ("preset", "data", "frames", "size")
+             if getattr(c, name) != getattr(Config, name)]
     base = " --base WEIGHTS" if stage == "pretrain" and c.lora_rank else ""
     return command(stage, c.causal, c.run_dir) + "".join(given) + base
 
@@ -113,8 +123,8 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
                                      f"--{name} {then[name]}, not {now[name]}: leave --{name} out, "
                                      f"or give another --run-dir")
         if not place.exists():
-            raise ValueError(f"stage {c.stage} needs {place}, which is not there any more: put it "
-                             "there again, or train the run anew")
+            raise ValueError(f"stage {c.stage} needs {place}, which is not there any more: put it, "
+                             "or a link to it, there again, or train the run anew")
     per_step = world.size * micro_batch(c, world.size)
     if c.batch_size % per_step:
         raise ValueError(f"--batch-size {c.batch_size} is not a multiple of {per_step}: "
@@ -165,10 +175,10 @@ def change_between(then: dict, now: dict) -> str:
 
 
 def differ(name: str, then, now) -> bool:
-    """Whether a setting changed. Clips that are not where they were may have been moved: what they
-    hold, `check_set` compares."""
-    moved = name == "data" and not {then, now} & set(SETS) and not os.path.exists(then)
-    return then != now and not moved
+    """Whether a setting changed. Clips and weights that are not where they were may have been
+    moved: what they hold, `check_set` and `built_on` compare."""
+    paths = name in ("base", "data") and then and now and not {then, now} & set(SETS)
+    return then != now and not (paths and not os.path.exists(then))
 
 
 def built_on(c: Config) -> dict[str, str]:
@@ -179,6 +189,10 @@ def built_on(c: Config) -> dict[str, str]:
 def open_source(c: Config, fresh: bool):
     """Where latents and prompt features come from: shards, or clips and captions behind stand-ins
     for encoders, which the first stage fits. Raises ValueError for a set that cannot be used."""
+    if c.preset.startswith("wan") and not data.is_shards(c.data):
+        raise ValueError(f"--data {c.data}: --preset {c.preset} works on latents of Wan's own "
+                         "autoencoder: give a folder of shards, which `python data.py encode` "
+                         "makes of videos")
     try:
         source = data.open_data(c.data, c.frames, c.size)
         if isinstance(source, data.Shards):

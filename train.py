@@ -185,7 +185,8 @@ def train_until(stopping: distributed.StopSignal, c: Config, source, nets: dict,
         runs.record(c, source, first, sums)
         origins = ", ".join(f"{role} from {place}" for role, place in runs.origins(c).items())
         say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}" if first else
-            f"stage {c.stage} in {stage}: {origins or 'fresh weights'}")
+            f"stage {c.stage} in {stage}: {origins or 'fresh weights'}; recipe of {c.preset};"
+            f" clips of {c.data}: latents {' x '.join(map(str, source.latent_shape))}")
         size = sum(x.nbytes for name, part in parts.items() for x in part.tensors(name).values())
         say(f"weights that train, moments and average: {size / 1e6:.0f} MB over all processes; "
             "gradients and activations come on top. How long it takes, the bar says")

@@ -145,9 +145,13 @@ def draw_chunks(c: Config, frames: int, generator) -> tuple[tuple, int]:
 
 
 def roles_of(t, r) -> tuple[int, int, int]:
-    """How many rows have r = t, r = 0, and another r; in this order, see flowmap.flow_map_times."""
-    flow, consistency = int((r == t).sum()), int(((r < t) & (r == 0)).sum())
-    return flow, consistency, len(t) - flow - consistency
+    """How many rows have r = t, r = 0, and another r. Raises ValueError for another order, on which
+    balance and derivative rest (flowmap.flow_map_times)."""
+    role = (r < t).long() + ((r < t) & (r > 0)).long()           # 0, 1, 2
+    if (role.diff() < 0).any():
+        raise ValueError("times out of order: rows with r = t must come first, then those with "
+                         "r = 0, then the others")
+    return tuple(role.bincount(minlength=3).tolist())
 
 
 def draw_rollout(c: Config, shape, key: int, slots) -> Rollout:

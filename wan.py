@@ -53,6 +53,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import checkpoint
+import encoders
 import lora
 from checkpoint import Tensors
 from model import FlowMapDiT, ModelConfig, compressed_patch_embed
@@ -247,7 +248,8 @@ def read_record(path, config: ModelConfig, frames: int = 21, chunks=None) -> dic
     path, own = Path(path), read_config(path)
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     ours = scheduler.get("_class_name") == "FlowMapEulerDiscreteScheduler"
-    settings = {"shift": scheduler["shift"] if ours else 5.0, "guidance": 5.0, "full_chunks": 0}
+    shift = scheduler.get("shift", 5.0) if ours else 5.0
+    settings = {"shift": shift, "guidance": 5.0, "full_chunks": 0}
     if config.compressed:
         settings["full_chunks"] = own.get("full_chunk_limit", 3)
         chunks = chunks or own.get("chunk_partition") or RELEASED_CHUNKS
@@ -278,6 +280,10 @@ def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
     the base, adapter) with the adapter's "rank", "alpha" and "tensors". Where the base is itself an
     adapter stage, they are the base's base and both adapters as one."""
     if Path(path).exists() and not (Path(path) / "model.safetensors").exists():
+        if saved := checkpoint.checkpoints(Path(path)):
+            raise ValueError(f"{path} is not finished: its last checkpoint is of update "
+                             f"{int(saved[-1].name)}. To look at it, copy the run and finish the "
+                             "copy there: train.py with --run-dir and --steps of that number")
         return *load_foreign(path), None
     config, tensors, adapter = checkpoint.load_model(path)
     if not adapter:
@@ -290,7 +296,7 @@ def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
         raise ValueError(f"{path} adapts other weights than {places[0]} holds now: put those there "
                          f"again, or train the stage anew with --fresh")
     adapter["tensors"] = tensors
-    below, state, first = load_apart(places[0])
+    below, state, first = load_apart(places[0], base)
     _, state = as_asked(below, state, config.second_time, config.compressed)
     return config, state, stacked(first, adapter) if first else adapter
 
@@ -440,7 +446,7 @@ def export(stage, to, base=None, copy: bool = False) -> Path:
     base: a Wan pipeline folder whose text encoder, tokenizer and autoencoder are linked, or copied
     with `copy`. Raises ValueError for a network that Diffusers' classes cannot hold, as a toy one.
     """
-    stage, to = Path(stage), Path(to)
+    stage, to = Path(stage), Path(to).resolve()
     config, state = load(stage, second_time=True, base=base)
     if (stage / "model.safetensors").exists():
         record = record_of(stage, "chunks", "shift")
@@ -493,9 +499,9 @@ def write_pipeline(folder: Path, config: dict, state: Tensors, shift: float, bas
     for name in PARTS:
         index[name] = parts.get(name, [None, None])
         if base and copy:
-            shutil.copytree(Path(base) / name, folder / name)
+            shutil.copytree(encoders.part_of(base, name), folder / name)
         elif base:
-            target = (Path(base) / name).resolve()
+            target = encoders.part_of(base, name).resolve()
             (folder / name).symlink_to(target, target_is_directory=True)
 
     tensors = {}

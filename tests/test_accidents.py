@@ -2,6 +2,7 @@
 silently another thing."""
 import fcntl
 import itertools
+import json
 import os
 import resource
 import shutil
@@ -179,12 +180,27 @@ def test_one_process_trains_a_stage_at_a_time(copied, capsys, monkeypatch):
         assert file.read() == f"process {os.getpid()} on {os.uname().nodename}"
 
 
-def test_clips_may_be_moved_and_not_exchanged(tmp_path):
-    here = {"data": str(tmp_path)}
-    assert not runs.change_between({"data": "/gone/clips"}, here)
-    for then in ("/", "shapes"):                     # both are there: they are not the same
-        assert f"data = {then}, not {tmp_path}" in runs.change_between({"data": then}, here)
-    assert runs.change_between({"data": "/gone/clips"}, {"data": "shapes"})
+@pytest.mark.parametrize("name, other", [("data", "shapes"), ("base", "")])
+def test_clips_and_weights_may_be_moved_and_not_exchanged(tmp_path, name, other):
+    here = {name: str(tmp_path)}
+    assert not runs.change_between({name: "/gone/there"}, here)
+    for then in ("/", other):                        # both are there: they are not the same
+        assert f"{name} = {then}, not {tmp_path}" in runs.change_between({name: then}, here)
+    assert runs.change_between({name: "/gone/there"}, {name: other})
+
+
+def test_a_stage_goes_on_when_its_base_has_moved(finished, copied, tmp_path, capsys):
+    run, base = tmp_path / "other", copied / "pretrain"
+    first = ("--base", str(base), "--steps", "1")
+    trained(run, "flowmap", *first)
+    moved = base.rename(tmp_path / "moved")
+    code, line = ended(train, flags_of(run, "flowmap", "--steps", "2"), capsys)
+    assert code == 2 and f"--base {base}: not there" in line
+    other = flags_of(run, "flowmap", "--steps", "2", "--base", finished / "flowmap")
+    code, line = ended(train, other, capsys)
+    assert code == 2 and "was started on other weights" in line
+    stage = trained(run, "flowmap", "--steps", "2", "--base", str(moved))
+    assert json.loads((stage / "config.json").read_text())["config"]["base"] == str(moved)
 
 
 def test_fresh_starts_over_a_damaged_record(copied, capsys):

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,39 @@ def parameters(processes=1, **fields):
     with torch.device("meta"):
         net = FlowMapDiT(replace(TINY.config, **fields))
     return sum(-(-len(p) // processes) * p[0].numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [0, 2])
+def test_each_part_of_a_deep_network_is_extrapolated_for_itself(checkpointing, monkeypatch):
+    """The highest peak of few layers need not be that of many."""
+    def simulated(case):
+        n = case.config.layers
+        kept = {"parameters": 4 * n, "gradients": n, "optimiser": 2 * n, "EMA": n}
+        return kept | {"gathered": 3 * n, "reduced": n, "peaks": [1000 + 10 * n, 100 * n]}
+    monkeypatch.setattr(plan, "simulate", simulated)
+    case = replace(case_of(checkpointing=checkpointing), config=replace(SMALLEST, layers=40))
+    assert plan.memory_by_layers(case) == plan.memory(case)
+
+
+def test_seconds_are_medians_in_turn_without_the_first_round(monkeypatch):
+    now, order = [0.0], []
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def call(name, *seconds):
+        left = iter(seconds)
+
+        def run():
+            order.append(name)
+            now[0] += next(left)
+        return run
+    calls = {"a": call("a", 100.0, 1.0, 2.0, 9.0), "b": call("b", 100.0, 3.0, 3.0, 4.0)}
+    assert speed.medians(calls, 3, torch.device("cpu")) == {"a": 2.0, "b": 3.0}
+    assert order == ["a", "b"] * 4
+
+
+def test_what_is_computed_again_is_no_arithmetic_of_an_update():
+    case = replace(case_of(ALONE, stage="pretrain"), config=replace(SMALLEST, layers=2))
+    assert flops.of_an_update(case_of(case, checkpointing=1)) == flops.of_an_update(case) > 0
 
 
 def test_what_is_kept_is_counted_exactly():

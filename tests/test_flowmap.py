@@ -6,6 +6,7 @@ from torch.distributions import Beta, Normal, Uniform
 import flowmap
 from closed_form import Gaussian
 from distributed import generator
+from updates import roles_of
 
 GAUSSIAN = Gaussian(mean=1.5, std=0.3)
 
@@ -40,6 +41,28 @@ def test_euler_with_the_exact_average_velocity_is_exact_on_any_grid(grid):
     grid_error = 1e-6                                       # the sampler hands out times in float32
     sample, exact = flowmap.euler_sample(u, z, grid), GAUSSIAN.map(z, one, zero)
     torch.testing.assert_close(sample, exact, atol=grid_error, rtol=0)
+
+
+def test_given_first_frames_are_seen_clean_at_time_0_and_do_not_move():
+    seen = []
+
+    def u(z, t, r):
+        seen.append((z, t, r))
+        return torch.ones_like(z)
+    z, given = torch.zeros(2, 3, 4), torch.full((2, 1, 4), 7.0)
+    z_0 = flowmap.euler_sample(flowmap.first_frames_given(u, given), z, [1.0, 0.5, 0.0])
+    for (z_t, t, r), (high, low) in zip(seen, [(1.0, 0.5), (0.5, 0.0)], strict=True):
+        assert torch.equal(z_t[:, :1], given)
+        assert t.tolist() == [[0.0, high, high]] * 2 and r.tolist() == [[low] * 3] * 2
+    assert (z_0[:, 1:] == -1).all() and (z_0[:, :1] == 0).all()
+
+
+def test_roles_are_counted_and_another_order_is_refused():
+    t, r = torch.full((4,), 0.5), torch.tensor([0.5, 0.0, 0.0, 0.2])
+    assert roles_of(t, r) == (1, 2, 1) and roles_of(t[:1] * 0, r[1:2]) == (1, 0, 0)
+    for order in ([1, 0, 2, 3], [0, 3, 1, 2]):
+        with pytest.raises(ValueError, match="rows with r = t must come first"):
+            roles_of(t, r[order])
 
 
 def test_euler_with_the_instantaneous_velocity_converges_at_first_order():

@@ -134,6 +134,9 @@ def test_a_fresh_adapter_changes_nothing_and_is_a_function_of_its_seed(shared):
         z = x[:, context.start:]
         assert torch.equal(new(z, t, r, context), net(z, t, r, replace(context, adapter="")))
     first, same, other = ({name: make() for name, make in m.items()} for m in makers)
+    for name, tensor in first.items():
+        if name.endswith(".down"):                   # uniform within 1 / sqrt(D_in)
+            assert 0.9 < tensor.abs().max() * tensor.shape[1] ** 0.5 <= 1
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
     with pytest.raises(ValueError, match="'new' already"):
@@ -229,7 +232,7 @@ def test_a_run_of_adapters_from_base_to_clip(tmp_path):
     moved = base.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="which are not there: give their folder with --base"):
         wan.load(stage)
-    with pytest.raises(ValueError, match="adapts the weights .*not there: put them there again"):
+    with pytest.raises(ValueError, match="adapts the weights .*not there: put them, or a link"):
         run("distill", "--fresh")
     _, state = wan.load(stage, base=moved)
     wan.main(["show", str(stage), "--base", str(moved)])
@@ -278,6 +281,8 @@ def test_an_adapter_of_an_adapter_is_whole_in_bf16(tmp_path):
         kept = module.weight.float() + pair.scale * pair.up.float() @ pair.down.float()
         kept, exact = kept - W.bfloat16().float(), merged[f"{path}.weight"] - W
         assert (kept - exact).norm() < 0.01 * exact.norm(), path
+    moved = wan.load(second, base=root.rename(tmp_path / "moved"))[1]
+    assert all(torch.equal(moved[name], tensor) for name, tensor in loaded.items())
 
 
 def test_training_on_an_adapter_stage_keeps_its_adapter_apart_from_bf16_weights(tmp_path):

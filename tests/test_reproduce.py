@@ -20,6 +20,18 @@ def rows(model, **figures):
             for name, ed in figures.items()]
 
 
+def test_seconds_of_a_run_that_was_stopped_add_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "FOLDER", tmp_path)
+    stage, measured = (tmp_path / "seed-0" / "teacher" / name for name in ("pretrain", "eval"))
+    for folder in (stage, measured):
+        folder.mkdir(parents=True)
+    (stage / "config.json").write_text('{"git": "g", "torch": "t"}')
+    (measured / "results.json").write_text('{"rows": []}')
+    log = [{"step": i, "seconds": s} for i, s in enumerate((10.0, 20.0, 5.0, 9.0))]
+    (stage / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    assert reproduce.recorded("teacher", 0, "cpu")["seconds"] == 29
+
+
 def test_a_rule_is_judged_seed_by_seed():
     found = {("student", seed): {"rows": rows("student", s4=4 + seed, s32=ed)}
              for seed, ed in enumerate((4.5, 5.5, 6.5))}

@@ -3,6 +3,7 @@ import argparse
 import itertools
 import json
 import shutil
+import statistics
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -54,6 +55,19 @@ def test_a_seed_decides_its_clip_whatever_else_is_in_the_batch(bidirectional, sa
                     for seed in (4, 5))
     torch.testing.assert_close(alone, both[1:], rtol=1e-4, atol=1e-5)
     assert (other - both[1:]).abs().max() > 0.01
+
+
+def test_a_clip_uses_no_noise_twice(causal, monkeypatch):
+    """The consistency sampler adds neither the clip's noise nor that of a chunk before."""
+    seen = []
+
+    def sampler(u, z, grid, renoise):
+        seen.extend([z, *(renoise(z.shape[1:]) for _ in grid[1:-1])])
+        return z
+    monkeypatch.setitem(flowmap.SAMPLERS, "consistency", sampler)
+    clip_of(causal, sampler="consistency")
+    alike = torch.corrcoef(torch.cat(seen).flatten(1))           # (8, 8), of 768 numbers each
+    assert len(alike) == 8 and (alike - torch.eye(8)).abs().max() < 0.2
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.png"])
@@ -211,6 +225,40 @@ def test_the_shipped_teacher_is_distilled(finished, tmp_path):
 
 # --- eval.py
 
+class Noise:
+    """Clips whose three frames have levels of their own."""
+    attributes, captions = {}, []
+
+    def __init__(self):
+        self.seeds = []
+
+    def clips(self, indices, seed=0, captions=None):
+        self.seeds.append(seed)
+        levels = torch.arange(3.0)[:, None, None, None]
+        noise = torch.randn(len(indices), 3, 3, 2, 2, generator=generator("real", seed))
+        return levels + noise, [""] * len(indices)
+
+
+def test_the_floor_is_of_five_draws_that_nothing_else_makes():
+    """Not of the reference, nor of one draw again; seeds of training lie elsewhere (updates.py)."""
+    real = Noise()
+    measured = evaluation.EvaluationSet(real, 60, [])
+    found = measured.summary({})
+    reference, _, *floor = real.seeds
+    assert len(set(floor)) == len(floor) == 5 and reference not in floor
+    assert all(10**6 <= seed < 2 * 10**6 for seed in real.seeds)
+    ed = [measured.energy(real.clips(range(60), seed)[0], measured.real) for seed in floor]
+    assert found["real_ed"] == pytest.approx(statistics.fmean(ed), rel=1e-3, abs=1e-5)
+    assert found["real_ed_std"] == pytest.approx(statistics.stdev(ed), rel=1e-3) and ed[0] != ed[1]
+
+
+def test_each_chunk_is_compared_with_the_same_chunk_of_real_clips():
+    measured = evaluation.EvaluationSet(Noise(), 60, [1, 1, 1])
+    clips = Noise().clips(range(60), 5)[0]
+    alike, moved = (measured.scores(some)["fd_chunks"] for some in (clips, clips.roll(1, 1)))
+    assert len(alike) == 3 and max(alike) < 5 < min(moved)       # 12 values, a level apart: 12
+
+
 def test_a_sheet_has_the_right_clip_in_every_cell():
     clips = torch.rand(2, 3, 2, 5, 3, 16, 16, generator=distributed.generator("sheet")) * 2 - 1
     models = {name: list(some) for name, some in zip(("teacher", "student"), clips)}
@@ -357,6 +405,15 @@ def test_guidance_has_a_past_for_each_of_its_prompts(causal):
                     for context in contexts]
 
 
+def test_clips_play_at_the_rate_of_the_shards_that_they_were_learned_from(finished, tmp_path):
+    stage = shutil.copytree(finished / "pretrain", tmp_path / "stage")
+    assert sample.load_pipeline(stage).fps == 8
+    record = json.loads((stage / "config.json").read_text())
+    record["set"]["made by"] = {"fps": 12.0}
+    (stage / "config.json").write_text(json.dumps(record))
+    assert sample.load_pipeline(stage).fps == 12
+
+
 def test_more_clips_than_a_batch_are_those_of_their_seeds(bidirectional):
     few = replace(bidirectional, batch=2)
     whole, parts = (sample.generate(some, PROMPTS[:1] * 5, [3, 4, 5, 6, 7], GRID)
@@ -397,24 +454,48 @@ def test_pixels_have_their_colours_and_a_gif_its_pace(tmp_path):
 
 
 def test_models_are_measured_as_they_were_trained(monkeypatch):
-    """On the grid of their shift, teachers guided; the teacher's clips are of other noise."""
+    """On the grid of their shift, teachers guided as much as the flow map beside them, which has it
+    built in or is guided where that is asked; the teacher's clips are of other noise."""
     calls = []
     def generate(pipeline, captions, seeds, grid, sampler, guidance, chunks):
         calls.append((seeds, grid, guidance))
         return torch.zeros(len(captions), 8, 3, 16, 16)
     monkeypatch.setattr(evaluation, "generate", generate)
-    config = {"shift": 3.0, "guidance": 2.5}
-    teacher, student = (pipeline.Pipeline(network(replace(SMALL, second_time=second)), None, None,
-                                          config, (), (4,)) for second in (False, True))
+    teacher, student, plain = (
+        pipeline.Pipeline(network(replace(SMALL, second_time=second)), None, None,
+                          {"shift": 3.0, "guidance": guidance}, (), (4,))
+        for second, guidance in ((False, 1.5), (True, 2.5), (True, 1.0)))
     measured = SimpleNamespace(dataset=SimpleNamespace(frames=8), captions=["a"] * 4,
                                features=lambda clips: None, scores=lambda clips: {})
-    args = argparse.Namespace(steps=[2], length=1, guidance=None)
-    evaluation.measure(measured, [("t", 0, "euler"), ("s", 1, "euler")], [teacher, student],
-                       teacher, args)
-    assert [guidance for _, _, guidance in calls] == [2.5, 2.5, 1.0]
-    assert [grid for _, grid, _ in calls] == [flowmap.time_grid(n, 3.0) for n in (50, 2, 2)]
-    (compared, *measured_with) = [set(seeds) for seeds, _, _ in calls]
-    assert all(not compared & seeds for seeds in measured_with)
+    models = [("t", 0, "euler"), ("s", 1, "euler"), ("p", 2, "euler")]
+    for some, asked, expected in ((models, None, [2.5, 2.5, 1.0, 1.0]),
+                                  (models[:1], None, [1.5, 1.5]),
+                                  (models, 4.0, [4.0, 4.0, 1.0, 4.0])):
+        calls.clear()
+        args = argparse.Namespace(steps=[2], length=1, guidance=asked)
+        evaluation.measure(measured, some, [teacher, student, plain], teacher, args)
+        assert [guidance for _, _, guidance in calls] == expected
+        grids = [flowmap.time_grid(n, 3.0) for n in (50, 2, 2, 2)]
+        assert [grid for _, grid, _ in calls] == grids[:len(calls)]
+        (compared, *measured_with) = [set(seeds) for seeds, _, _ in calls]
+        assert all(not compared & seeds for seeds in measured_with)
+
+
+def test_stages_whose_clips_were_moved_are_of_one_set(finished, tmp_path):
+    stages = [shutil.copytree(finished / name, tmp_path / name) for name in ("pretrain", "flowmap")]
+
+    def record(stage, data, held, frames=8):
+        found = json.loads((stage / "config.json").read_text())
+        found["config"] |= {"data": data, "frames": frames}
+        (stage / "config.json").write_text(json.dumps(found | {"set": held}))
+    held = {"captions": "checksum 1", "clips": "checksum 2"}
+    for there, other, differs in (
+            (("/old", held), ("/new", held), False), (("/old", held), ("/new", {}), True),
+            (("/old", {}), ("/new", {}), True), (("shapes", held), ("loop", held), True),
+            (("/old", held), ("/old", held, 16), True)):
+        record(stages[0], *there)
+        record(stages[1], *other)
+        assert bool(runs.other_clips(*stages)) == differs
 
 
 def test_accuracy_asks_for_every_attribute():

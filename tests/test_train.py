@@ -43,6 +43,38 @@ def assert_same_stage(a, b):
     assert rows(a) == rows(b)
 
 
+def test_the_rate_rises_in_the_warmup_and_falls_along_a_cosine_to_its_end():
+    c = Config(steps=100, warmup=10, lr_end=0.1)
+    rates = [config.learning_rate(c, step, 2.0) for step in range(101)]
+    assert [rates[i] for i in (0, 50, 100)] == pytest.approx([0.2, 1.1, 0.2])
+    assert rates[25] == pytest.approx(2 * (0.1 + 0.9 * (1 + 0.5**0.5) / 2))
+    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+
+
+# The released settings (docs/method.md, 8), written out.
+FORWARD = dict(lr=5e-5, beta1=0.9, beta2=0.95, warmup=1000, ema_decay=0.999, ema_start=1000)
+DISTILL = dict(lr=2e-6, fake_lr=2e-6, beta1=0.0, beta2=0.999, warmup=0, ema_decay=0.99,
+               ema_start=200, real_guidance=4.0, budgets="2,4,8,16,50", cotrain=1.0)
+ALWAYS = dict(weight_decay=0.0, clip=1.0, lr_end=1.0, lora_rank=256, lora_alpha=256.0, bf16=True,
+              text_drop=0.1, shift=5.0, guidance=3.0, epsilon=0.005, time_weight="beta",
+              flow_fraction=0.5, consistency_fraction=0.25)
+
+
+@pytest.mark.parametrize("form", [[], ["--causal"]])
+@pytest.mark.parametrize("preset, steps, batch", [("wan-1.3b", 6000, 32), ("wan-14b", 4000, 16)])
+def test_wans_recipe_is_the_released_one(tmp_path, preset, steps, batch, form):
+    for stage in ("flowmap", "distill") if form else ("pretrain", "flowmap", "distill"):
+        base = ["--base", "weights"] if stage == "pretrain" else []
+        c = parse_config(["--preset", preset, "--stage", stage, *form, *base, "--run-dir",
+                          str(tmp_path)])
+        expected = ALWAYS | {"batch_size": batch}
+        expected |= DISTILL if stage == "distill" else FORWARD | {"steps": steps}
+        expected |= {"chunks": "1,3,3,3,3,3,3,2", "full_chunks": 3} if form else {}
+        if form and stage == "flowmap":
+            expected["bidirectional_fraction"] = 0.1
+        assert {name: getattr(c, name) for name in expected} == expected
+
+
 @pytest.mark.parametrize("stage", FOLDERS)
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, stage, monkeypatch):
     """Killed between two checkpoints: the updates since the last one are lost and made again. So
@@ -414,6 +446,8 @@ def test_the_next_stage_takes_these_over_and_no_others(tmp_path, stage, form):
     values = {field.name: another(field) for field in fields(Config)}
     if form:
         values["velocity"] = "data"                  # a teacher of whole clips has no other
+    if stage == "flowmap":
+        values["bf16"] = False                       # its derivative is jvp
     before = Config(**values | {"stage": stage, "causal": bool(form)})
     begun(tmp_path / "run", before)
     after = {"pretrain": "flowmap", "flowmap": "distill"}[stage]
@@ -442,6 +476,7 @@ def test_dmd_has_the_guidance_of_the_flow_map_unless_told(tmp_path):
     run, wan = ["--run-dir", str(tmp_path)], ["--preset", "wan-1.3b"]
     assert parse_config(["--stage", "distill"]).real_guidance == 1.0
     assert parse_config(["--stage", "distill", *wan]).real_guidance == 4.0
+    assert parse_config(["--stage", "distill", *wan, "--guidance", "5"]).real_guidance == 5.0
     begun(tmp_path, parse_config([*run, "--stage", "flowmap", "--guidance", "3"]))
     assert parse_config([*run, "--stage", "distill"]).real_guidance == 3.0
     told = parse_config([*run, "--stage", "distill", "--real-guidance", "2"])

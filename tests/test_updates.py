@@ -207,6 +207,12 @@ def test_causal_flowmap_has_a_clean_past_for_each_prompt_and_sometimes_the_whole
         assert torch.equal(call.t, batch.whole_t[rows])
         z_t = flowmap.interpolate(batch.x, batch.whole_noise, batch.whole_t)
         assert torch.equal(call.z, z_t[rows])
+    u_c, u_0 = (call.u for call in whole)
+    w, kept = torch.where(batch.dropped, 1.0, c.guidance).view(-1, 1, 1, 1, 1), ~batch.dropped
+    F = u_c / w
+    F[kept] -= (1 - w[kept]) * u_0 / w[kept]
+    expected = (F - (batch.whole_noise - batch.x)).square().mean().item()
+    assert log["err_whole"] == pytest.approx(expected, rel=1e-3)
     encoded = [call for call in rest if call.method != "forward"]
     half = len(encoded) // 2
     assert all(call.text == "empty" and not call.gradient for call in encoded[:half])
@@ -481,8 +487,25 @@ class Dots(Source):
     latent_shape = (4, 1, 1, 1)
 
 
-@pytest.mark.parametrize("stage, more", [("pretrain", {}), ("distill", {}), (
-    "flowmap", dict(causal=True, bidirectional_fraction=1.0))])
+@pytest.mark.parametrize("stage, more", [
+    ("pretrain", {}), ("flowmap", dict(causal=True, bidirectional_fraction=1.0)),
+    ("distill", dict(rollout="consistency", fake_rollout="fresh"))])
+def test_two_seeds_share_no_draw(stage, more, monkeypatch):
+    """Of weights, clips, times, noise: else the spread over seeds, which judges claims, is none."""
+    generator, drawn, seed = distributed.generator, {0: set(), 1: set()}, 0
+    monkeypatch.setattr(distributed, "generator",
+                        lambda *keys: drawn[seed].add(keys) or generator(*keys))
+    for seed in drawn:
+        c = settings(stage, seed=seed, **more)
+        updates.draw_batch(c, Source(), WORLD, 1, 0)
+        if stage == "pretrain":
+            networks.find_weights(c)                 # fresh ones
+    assert drawn[0] and not drawn[0] & drawn[1]
+
+
+@pytest.mark.parametrize("stage, more", [
+    ("pretrain", {}), ("distill", dict(rollout="consistency", fake_rollout="fresh")),
+    ("flowmap", dict(causal=True, bidirectional_fraction=1.0))])
 def test_levels_have_the_methods_laws_and_no_noise_is_used_twice(stage, more):
     c = replace(settings(stage, **more), batch_size=3000, shift=3.0)
     batch = updates.draw_batch(c, Dots(), WORLD, 1, 0)
@@ -493,8 +516,12 @@ def test_levels_have_the_methods_laws_and_no_noise_is_used_twice(stage, more):
     for times, levels, shares in laws:
         found = (times < flowmap.shift_time(levels, 3.0)[:, None]).float().mean(1)
         torch.testing.assert_close(found, shares, atol=0.04, rtol=0)
-    noises = [batch.n, batch.whole_noise, batch.tau_noise, batch.fake_noise,
-              batch.rollout and batch.rollout.z_1]
+    dropped = batch.dropped.float()
+    assert dropped.mean().item() == pytest.approx(c.text_drop, abs=0.03)
+    assert torch.corrcoef(torch.stack([dropped, batch.t]))[0, 1].abs() < 0.1     # at any level
+    rollouts = [rollout for rollout in (batch.rollout, batch.fake_rollout) if rollout]
+    drawn = [noise for rollout in rollouts for noise in (rollout.z_1, *rollout.renoise)]
+    noises = [batch.n, batch.whole_noise, batch.tau_noise, batch.fake_noise, *drawn]
     noises = [noise[:, -1:].flatten() for noise in noises if noise is not None]
     alike = torch.corrcoef(torch.stack([*noises, noises[0]]))[:-1, :-1]
     assert (alike - torch.eye(len(noises))).abs().max() < 0.1
@@ -512,6 +539,14 @@ def test_ranks_agree_on_what_changes_the_graph_and_not_on_noise():
             a, b = (updates.draw_batch(c, Source(), distributed.World(rank, 2, WORLD.device), step,
                                        0) for rank in (0, 1))
             assert agreed(a) == agreed(b) and not torch.equal(a.n, b.n)
+
+
+def test_roles_are_even_over_ranks():
+    c = replace(settings("flowmap"), micro_batch=2)              # 8 clips, four ranks
+    for step in range(10):
+        flow = [updates.draw_batch(c, Source(), distributed.World(rank, 4, WORLD.device), step,
+                                   0).roles[0] for rank in range(4)]
+        assert max(flow) - min(flow) <= 1
 
 
 def test_no_stage_draws_the_clips_that_eval_holds_back(monkeypatch):

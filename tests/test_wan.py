@@ -1,9 +1,11 @@
 """Weights in the public layouts, in and out, on tiny random models; real sizes on meta."""
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 from safetensors.torch import save_file
 
 import checkpoint
@@ -165,6 +167,26 @@ def image_inputs(batch=2):
     return z, t, r, Context(text, image=image, condition=condition)
 
 
+def test_image_tokens_are_normed_and_answer_with_a_softmax_of_their_own():
+    """The output is linear: it splits into the prompt's answer and the picture's."""
+    net, (*_, context) = network(IMAGE), image_inputs()
+    embed, attention = net.image_embed, net.blocks[0].cross_attn
+    x, text = torch.randn(2, 2, 5, 48, generator=generator("tokens"))
+    with torch.no_grad():
+        embed.norm_in.weight.fill_(10)               # where the two GELUs differ
+        h = nnf.layer_norm(context.image, (28,), embed.norm_in.weight, embed.norm_in.bias, 1e-5)
+        h = nnf.gelu(nnf.linear(h, embed.mlp.up.weight, embed.mlp.up.bias))
+        h = nnf.linear(h, embed.mlp.down.weight, embed.mlp.down.bias)
+        image = nnf.layer_norm(h, (48,), embed.norm_out.weight, embed.norm_out.bias, 1e-5)
+        torch.testing.assert_close(embed(context.image), image, rtol=1e-5, atol=1e-5)
+        prompt, picture = attention.keys_values(text), attention.image_keys_values(image)
+        rms = (picture[0] / attention.norm_k_image.weight).square().mean(2)
+        torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
+        both = attention(x, *prompt, *picture)
+        apart = attention(x, *prompt) + attention(x, *picture) - attention.out.bias
+        torch.testing.assert_close(both, apart, rtol=1e-4, atol=1e-5)
+
+
 def test_parity_of_the_image_to_video_network():
     pytest.importorskip("diffusers", minversion="0.42")
     z, t, r, context = image_inputs()
@@ -307,6 +329,10 @@ def test_export_takes_the_other_parts_from_the_base(tmp_path):
     for folder in (linked, copied):
         assert (folder / "vae" / "config.json").read_text() == "vae"
     assert json.loads((copied / "model_index.json").read_text())["vae"] == index["vae"]
+    shutil.rmtree(base / "tokenizer")
+    with pytest.raises(ValueError, match="base has no tokenizer"):
+        wan.export(stage, tmp_path / "c", base)
+    assert not [*tmp_path.glob("c*")]
 
 
 def test_command_line(heads, capsys):

@@ -228,7 +228,6 @@ def peers_main(args) -> None:
         import diffusers
     except ImportError:
         raise ValueError("peers needs Diffusers: pip install -r requirements-wan.txt") from None
-    torch.set_grad_enabled(True)
     sides = args.height // 8, args.width // 8
     wide = replace(PRESETS["wan-1.3b"], layers=1)
     print(f"Diffusers {diffusers.__version__}, torch {torch.__version__}, "

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cache, partial
 from pathlib import Path
@@ -121,12 +122,13 @@ def sync(files) -> None:
                 os.fsync(f.fileno())
 
 
-def write_aside(folder: Path, write) -> None:
-    """Make `folder` in one instant: write(temporary folder), flush to disk, rename. A kill leaves
-    old or new, never half."""
+@contextmanager
+def folder_aside(folder: Path):
+    """A folder to write in, which becomes `folder` in one instant, flushed to the disk. A kill
+    leaves old or new, never half."""
     aside = aside_of(folder)
     try:
-        write(aside)
+        yield aside
         sync(aside.rglob("*"))
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -226,7 +228,7 @@ def is_whole(folder: Path, world: World) -> bool:
     return sum_over_ranks(float(bad), world=world)[0] == 0
 
 
-def load_checkpoint(stage: Path, parts: dict[str, Trainable], world: World, say=print) -> dict:
+def load_checkpoint(stage: Path, parts: dict[str, Trainable], world: World, say) -> dict:
     """Fill `parts` from the newest checkpoint, whatever number of ranks wrote it; returns its
     counters ("step", ...), or {} when there is none.
 

@@ -7,6 +7,7 @@ reproduce.py makes the runs, and the tables.
 """
 import statistics
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import cli
@@ -275,13 +276,11 @@ def records() -> dict[tuple[str, int], dict]:
     return {key: record for key, record in found.items() if record}
 
 
-def value(found: dict, seed: int, model: str, steps: int, metric: str) -> float:
+def value(found: dict, seed: int, model: str, steps: int, metric: str = "ed") -> float:
     """Raises KeyError for what was not measured."""
     rows = found[model.partition(":")[0], seed]["rows"]
-    values = [row[metric] for row in rows if (row["model"], row["steps"]) == (model, steps)]
-    if not values:
-        raise KeyError(model)
-    return values[0]
+    row = next((row for row in rows if (row["model"], row["steps"]) == (model, steps)), {})
+    return row[metric]
 
 
 def seeds_of(found: dict, model: str) -> list[int]:
@@ -298,15 +297,13 @@ def judged(found: dict, rule: str) -> tuple[str, str]:
     """(verdict, both sides of each seed) of a rule 'left <= right'."""
     sides = []
     for seed in sorted({seed for _, seed in found}):
-        def ed(model, steps, metric="ed", seed=seed):
-            return value(found, seed, model, steps, metric)
+        ed = partial(value, found, seed)             # of (model, steps)
         def drift(model, steps, ed=ed):
             chunks = ed(model, steps, "fd_chunks")
             return chunks[-1] / chunks[1]
-        names = {"ed": ed, "drift": drift, "acc": lambda model, steps: ed(model, steps, "acc"),
-                 "ed_teach": lambda model, steps: ed(model, steps, "ed_teach"),
-                 "sd": lambda model, steps: spread(found, model, steps),
-                 "best": lambda model: min(ed(model, n) for n in (1, 2, 4, 8, 16, 32))}
+        names = {"ed": ed, "ed_teach": partial(ed, metric="ed_teach"),
+                 "acc": partial(ed, metric="acc"), "sd": partial(spread, found), "drift": drift,
+                 "best": lambda model, ed=ed: min(ed(model, n) for n in (1, 2, 4, 8, 16, 32))}
         try:
             sides.append([eval(side, names) for side in rule.split("<=")])
         except KeyError:

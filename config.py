@@ -95,8 +95,8 @@ class Config:
     velocity: str = flag("data", "v of the forward loss: the data's n - x, or the frozen "
                          "teacher's at (z_t, t), guided, which has no noise (not with --causal: "
                          "the teacher sees whole clips)", choices=VELOCITIES)
-    epsilon: float = flag(0.005, "half width of the finite difference, in [0, 1] time; must lie "
-                          "where d u / d t is flat")
+    epsilon: float = flag(0.005, "half width of the finite difference, in [0, 1] time: so small "
+                          "that d u / d t is constant across it, and large beside rounding")
     derivative: str = flag("finite-difference", "how dF/dt is taken",
                            choices=DERIVATIVES)
     time_weight: str = flag("beta", "density w(t) of the forward loss",
@@ -307,6 +307,11 @@ def taken_over(run: Path, stage: str, causal: bool, fresh: bool) -> dict:
     return {name: found[name] for name in INHERITED.get(before, ()) if name in found}
 
 
+def finished(stage) -> bool:
+    """Whether a stage has its final weights."""
+    return (Path(stage) / "model.safetensors").exists()
+
+
 def record_of(stage, *needed: str) -> dict:
     """config.json of a stage, as runs.record writes it; {} for one that was not begun. needed: what
     must be there, in it or in its "config". Raises ValueError for a file of another kind."""
@@ -364,8 +369,9 @@ def check(c: Config, given: dict, parser) -> None:
     for name in ("chunks", "full_chunks", "bidirectional_fraction"):
         if name in given and not c.causal:
             parser.error(f"{flag_name(name)} is for --causal: a bidirectional clip is one chunk")
-    if "bidirectional_fraction" in given and c.stage == "distill":
-        parser.error("--bidirectional-fraction is for stage flowmap")
+    for name in ("bidirectional_fraction", "tangent_warmup"):
+        if name in given and c.stage != "flowmap":
+            parser.error(f"{flag_name(name)} is for stage flowmap")
     if c.causal and c.stage == "pretrain":
         parser.error("--causal is for stages flowmap and distill: they start from the teacher of "
                      "whole clips; leave it out of stage pretrain")
@@ -375,8 +381,6 @@ def check(c: Config, given: dict, parser) -> None:
     if c.time_embedding == "added" and (c.lora_rank or c.stage != "flowmap"):
         parser.error("--time-embedding added is for stage flowmap and --lora-rank 0: later stages "
                      "go on with what the weights have")
-    if "tangent_warmup" in given and c.stage != "flowmap":
-        parser.error("--tangent-warmup is for stage flowmap")
     if c.stage == "flowmap" and c.steps <= c.tangent_warmup:
         parser.error(f"--steps {c.steps}: the tangent warms up over {c.tangent_warmup}, and what "
                      "ends before is no flow map; give a shorter --tangent-warmup, or 0")
@@ -388,8 +392,7 @@ def check(c: Config, given: dict, parser) -> None:
                      "differentiation")
     if c.flow_fraction + c.consistency_fraction > 1:
         parser.error("--flow-fraction and --consistency-fraction: together at most 1")
-    lists = ("budgets", "chunks") if c.chunks else ("budgets",)
-    for name in lists:
+    for name in ("budgets", "chunks") if c.chunks else ("budgets",):
         try:
             cli.positive_ints(getattr(c, name))
         except cli.argparse.ArgumentTypeError as error:
@@ -407,7 +410,7 @@ def check_base(c: Config, given: dict, parser) -> None:
     own = Path(c.run_dir) / folder_of(c.stage, c.causal) / "config.json"
     if not c.base or own.exists() and not c.fresh:
         return
-    if not (Path(c.base) / "model.safetensors").exists():        # no stage
+    if not finished(c.base):                         # no stage
         if c.preset == Config.preset and "preset" not in given and Path(c.base).exists():
             wan = " or ".join(name for name in PRESETS if name.startswith("wan"))
             parser.error(f"--base {c.base} is no finished stage, and without --preset the recipe "

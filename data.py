@@ -312,7 +312,7 @@ class Shards:
         if not self.places:
             raise ValueError(f"{path}: no clip in any shard")
         null_text = self.path / "null_text.safetensors"
-        if self.manifest.get("null_text") not in (None, checksum(null_text)):
+        if self.manifest.get("null_text") != checksum(null_text):
             raise ValueError(f"{null_text}: is not what was written (checksum); {AGAIN}")
         with readable(null_text):
             self.null_text = load_file(null_text)["text"].float()                     # (T, D)
@@ -338,13 +338,13 @@ class Shards:
             for name in ("latents", "text", *self.conditioning):
                 found[name] = opened.get_slice(name)[row]
             keys = json.loads(opened.metadata()["keys"])
-            sums = {name: rows[row] for name, rows in shard.get("crc32", {}).items()}
+            sums = {name: shard["crc32"][name][row] for name in found}
         shapes = {"latents": self.latent_shape, "text": self.text_shape}
         for name, tensor in found.items():
             if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
                 raise ValueError(f"{file}: {name} of clip {keys[row]!r} has shape "
                                  f"{tuple(tensor.shape)}, but the manifest says {shapes[name]}")
-            if name in sums and crc32(tensor) != sums[name]:
+            if crc32(tensor) != sums[name]:
                 raise ValueError(f"{file}: clip {keys[row]!r} is not what was written (checksum); "
                                  f"{AGAIN}")
             if not tensor.isfinite().all():
@@ -380,22 +380,8 @@ class ShardWriter:
     def __init__(self, folder, made_by: dict, part=0, parts=1, clips_per_shard: int = 64):
         self.folder, self.part, self.parts, self.size = Path(folder), part, parts, clips_per_shard
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.made_by = json.loads(json.dumps(made_by | {"processes": parts}))
-        begun = self.folder / "made_by.json"
-        if not begun.exists() and any(self.folder.glob("part-*")):
-            raise ValueError(f"{folder} holds shards without made_by.json: give another folder")
-        if begun.exists():
-            try:
-                before = dict(json.loads(begun.read_text("utf-8")))
-            except (ValueError, TypeError, RecursionError):
-                raise ValueError(f"{begun}: not what was written; give another folder") from None
-            for name in self.made_by:
-                if before.get(name) != self.made_by[name]:
-                    raise ValueError(f"{folder} was begun with {name} = {before.get(name)}, not "
-                                     f"{self.made_by[name]}: go on with the same settings, or give "
-                                     f"another folder")
-        if not begun.exists():
-            write_text(begun, json.dumps(self.made_by, indent=1))
+        record, made_by = self.folder / "made_by.json", made_by | {"processes": parts}
+        self.made_by = same_settings(record, made_by, self.folder, "part-*")
         self.rows, self.done, self.shards = [], set(), {}        # of these: {file: metadata}
         for left in self.folder.glob(f"part-{part}-of-{parts}*.partial"):
             left.unlink()
@@ -431,7 +417,7 @@ class ShardWriter:
         """End this part; the last part to end writes the manifest. True if that was this one."""
         self.flush()
         own = [{"name": file.name, "clips": len(metadata["keys"]), "bytes": file.stat().st_size,
-                "sha256": checksum(file), "crc32": metadata.get("crc32", {})}
+                "sha256": checksum(file), "crc32": metadata["crc32"]}
                for file, metadata in self.shards.items()]
         null_file = self.folder / "null_text.safetensors"
         if self.part == 0:
@@ -466,6 +452,23 @@ def written(path: Path):
 def write_text(path: Path, text: str) -> None:
     with written(path) as aside:
         aside.write_text(text, "utf-8")
+
+
+def same_settings(record: Path, now: dict, folder: Path, pattern: str) -> dict:
+    """Write down what the files `pattern` of a folder depend on, and return it as it is read again.
+    Raises ValueError where they are there and were made with other settings, or nobody knows with
+    which."""
+    now, begun = json.loads(json.dumps(now)), any(folder.glob(pattern))
+    if begun and not record.exists():
+        raise ValueError(f"{folder} holds {pattern}, and no {record.name} says how they were made: "
+                         "give another folder")
+    before = cli.read_json(record) if begun else {}
+    for name in now if begun else ():
+        if before.get(name) != now[name]:
+            raise ValueError(f"{folder} was begun with {name} = {before.get(name)}, not "
+                             f"{now[name]}: go on with the same settings, or give another folder")
+    write_text(record, json.dumps(now, indent=1))
+    return now
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
@@ -516,15 +519,14 @@ def encode(args) -> None:
     made_by = {"base": args.base.resolve().name, "fps": args.fps or codec.fps}
     made_by |= {name: getattr(args, name) for name in
                 ("frames", "height", "width", "text_length", "dtype")}
-    writer, skipped = ShardWriter(args.out, made_by, part, parts, args.clips_per_shard), 0
-    keys = {}
-    for file in files:
-        if name_hash(file.name) % parts == part:     # by name: it keeps its part when others come
-            try:
-                keys[key_of(file, captions.get(file.name, ""))] = file
-            except cli.WRONG_PATH as error:
-                problems.append(f"{file.name}: {error.strerror}")
-                skipped += 1
+    writer, keys = ShardWriter(args.out, made_by, part, parts, args.clips_per_shard), {}
+    # By name: a clip keeps its part when others come.
+    own = [file for file in files if name_hash(file.name) % parts == part]
+    for file in own:
+        try:
+            keys[key_of(file, captions.get(file.name, ""))] = file
+        except cli.WRONG_PATH as error:
+            problems.append(f"{file.name}: {error.strerror}")
     if strange := sorted(writer.done - keys.keys()):
         raise ValueError(f"{args.out} holds clips that are not in {args.videos}, or have changed "
                          f"there: {strange[0]!r} and {len(strange) - 1} more; give another folder")
@@ -548,11 +550,11 @@ def encode(args) -> None:
             writer.add(key, captions[file.name], **rounded)
         except ValueError as error:
             problems.append(str(error))
-            skipped += 1
     for problem in problems:
         print(f"skipped {problem}", file=sys.stderr)
     last = writer.close(words([encoders.NEGATIVE_PROMPT])[0].to(dtype))
-    print(f"{args.out}: part {part + 1} of {parts}, {len(writer.done)} clips, {skipped} skipped"
+    print(f"{args.out}: part {part + 1} of {parts}, {len(writer.done)} clips, "
+          f"{len(own) - len(writer.done)} skipped"
           + ("; the manifest is written" if last and writer.done else ""))
     if not writer.done and parts == 1:
         raise ValueError(f"no usable clip in {args.videos}: see the lines above")

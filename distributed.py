@@ -155,12 +155,9 @@ class Sums:
     def means(self, world: World) -> dict[str, float]:
         pairs = [float(number) for pair in self.values.values() for number in pair]
         flat = sum_over_ranks(*pairs, world=world)
-        out = {}
-        for name, total, count in zip(self.values, flat[::2], flat[1::2]):
-            if count:
-                out[name] = total / count
+        found = list(zip(self.values, flat[::2], flat[1::2]))
         self.values = {name: [0.0, 0] for name in self.values}
-        return out
+        return {name: total / count for name, total, count in found if count}
 
 
 def merge_over_ranks(values: dict, world: World) -> dict:

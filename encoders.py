@@ -321,6 +321,5 @@ class WanPicture:
         pixels = self.processor(images=image, return_tensors="pt").pixel_values
         encoder = self.encoder.to(self.device)
         layers = encoder(pixels.to(self.device, encoder.dtype), output_hidden_states=True)
-        if torch.device(self.device).type != "cpu":
-            self.encoder.to("cpu")
+        self.encoder.to("cpu")
         return layers.hidden_states[-2].float().cpu()

@@ -69,12 +69,12 @@ def decode(file: Path, height: int, width: int, fps: float, most: int | None = N
                 yield over_white(rgba)
                 empty = False
         said.seek(0)
-        lines = said.read().decode(errors="replace").splitlines() or ["no picture in it"]
-        line = lines[0].rpartition("] ")[2].replace(f"file:{file}", "it")
+        lines = said.read().decode(errors="replace").splitlines()
+        line = lines[0].rpartition("] ")[2].replace(f"file:{file}", "it") if lines else "no picture"
         refuse_stopped(file, process.returncode)
         if process.returncode or empty:
             raise ValueError(f"{file}: cannot be read ({line})")
-        if lines != ["no picture in it"]:
+        if lines:
             tqdm.write(f"{file}: used, though damaged: {line}", file=sys.stderr)
 
 

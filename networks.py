@@ -125,16 +125,12 @@ def find_weights(c: Config) -> Weights:
     student, adapters = origins["student"], {}
     if c.lora_rank:
         student, adapters = find_adapters(c, origins)
-    flow_map = c.stage != "pretrain"
-    if not flow_map and wan.load(student)[0].second_time:
+    config, state, below = wan.load_apart(student) if c.lora_rank else (*wan.load(student), None)
+    flow_map, scores = c.stage != "pretrain", ()
+    if not flow_map and config.second_time:
         raise ValueError(f"--base {student} is a flow map already, and a teacher knows one time "
                          f"only: go on with it by --stage flowmap --base {student}, or give "
                          "flow-matching weights")
-    below, scores = None, ()
-    if c.lora_rank:
-        config, state, below = wan.load_apart(student)
-    else:
-        config, state = wan.load(student)
     if below:
         state, below["tensors"] = wan.moved_down(state, below["tensors"], flow_map)
     if runs.needs_teacher(c):

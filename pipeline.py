@@ -18,7 +18,7 @@ import media
 import runs
 import wan
 from cache import Context, append_chunk
-from config import record_of
+from config import finished, record_of
 from flowmap import SAMPLERS, check_grid, conditioned, first_frames_given, guided, watched
 from model import FlowMapDiT
 
@@ -61,7 +61,7 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     """
     path = Path(path)
     config, state, adapter = wan.load_apart(path, base)
-    trained_here = (path / "model.safetensors").exists()
+    trained_here = finished(path)
     needed = ("chunks", "latent_shape", "text_length", "shift", "guidance", "full_chunks")
     record = record_of(path, *needed) if trained_here else {}
     of_wan = "vocabulary" not in record

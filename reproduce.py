@@ -48,13 +48,12 @@ def make(name: str, seed: int, device: str, before=None) -> dict:
     run, folder, stage = claims.RUNS[name], place(name, seed), stage_of(name)
     if not begun(name, seed):
         shutil.rmtree(folder, ignore_errors=True)        # links, not what they point to
-    for earlier in claims.chain(name)[:-1]:
-        link = folder / stage_of(earlier)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(Path("..", earlier, stage_of(earlier)))
     with cli.written_aside(folder / "settings.json") as aside:
         aside.write_text(json.dumps(settings(name, seed)[:-1]))
+    for earlier in claims.chain(name)[:-1]:
+        link = folder / stage_of(earlier)
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("..", earlier, stage_of(earlier)))
     script(folder, "train.py", "--stage", run.stage, "--run-dir", folder, "--seed", seed,
            "--device", device, *claims.flags_of(name, seed))
     if not finished(name, seed):

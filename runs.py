@@ -4,7 +4,6 @@ A run is a folder with a folder for each stage, see checkpoint.py for what these
 """
 import dataclasses
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from config import (
     Config,
     chunks_of,
     command,
+    finished,
     folder_of,
     micro_batch,
     record_of,
@@ -60,10 +60,6 @@ def origins(c: Config) -> dict[str, str]:
         teacher = c.base or record_of(Path(student)).get("config", {}).get("base") or teacher
     found = {"teacher": teacher if needs_teacher(c) else "", "student": student}
     return {role: place for role, place in found.items() if place}
-
-
-def finished(stage) -> bool:
-    return (Path(stage) / "model.safetensors").exists()
 
 
 def teacher_of(run) -> Path:
@@ -224,12 +220,12 @@ def set_of(source) -> dict:
 
 
 def short_sum(value) -> str:
-    return f"checksum {hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]}"
+    return f"checksum {checkpoint.json_checksum(value)[:8]}"
 
 
 def check_set(c: Config, source) -> None:
     """Raises ValueError when a stage that goes on was begun on another set."""
-    now = json.loads(json.dumps(set_of(source)))
+    now = set_of(source)
     for name, then in record_of(stage_folder(c)).get("set", {}).items():
         if now.get(name) != then:
             raise ValueError(f"{stage_folder(c)} was started when --data {c.data} had {name} {then}"
@@ -317,16 +313,15 @@ def locked_by(file, wait: float = 150) -> str:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
             if holder.endswith(f" on {socket.gethostname()}") or time.time() > end:
                 return holder
             time.sleep(5)
-            continue
         except OSError:                              # a disk that knows no locks
-            pass
-        break
+            break
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

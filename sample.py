@@ -79,14 +79,13 @@ def check(args) -> None:
         raise ValueError(f"--prompts {args.prompts}: no such file")
     if not args.prompt and not args.prompts:
         raise ValueError('no prompt: give --prompt "..." or --prompts FILE')
-    for flag, others in (("ckpt", ("run_dir", "stage", "causal")), ("save_latents", ("sheet",)),
+    for flag, others in (("ckpt", ("run_dir", "stage", "causal")), ("image", ("video",)),
+                         ("save_latents", ("sheet",)),
                          ("stream", ("save_latents", "sheet", "vbench", "tiling"))):
         for other in others if getattr(args, flag) else ():
             if getattr(args, other):
                 names = (f"--{name.replace('_', '-')}" for name in (flag, other))
                 raise ValueError(f"{' and '.join(names)}: give one of them")
-    if args.image and args.video:
-        raise ValueError("--image and --video: give one of them")
     for chunk, _ in args.prompt_at:
         if not chunk.isdecimal():
             raise ValueError(f"--prompt-at {chunk}: the chunk must be a number from 0 up")
@@ -182,10 +181,8 @@ def sampling_options(args, pipeline: Pipeline, stage: Path) -> dict:
             raise ValueError(f"{stage} is an image-to-video network: give its first frame with "
                              f"--image")
         options["picture"] = read_picture(pipeline, args.image, sum(chunks))
-    elif args.image:
-        options["given"] = given_latents(pipeline, args.image, True, chunks)
-    elif args.video:
-        options["given"] = given_latents(pipeline, args.video, False, chunks)
+    elif start := args.image or args.video:
+        options["given"] = given_latents(pipeline, start, bool(args.image), chunks)
     return options
 
 
@@ -249,7 +246,10 @@ def write_clips(args, stage, world, pipeline, captions, seeds, grid, options: di
     """The clips of this process, less what an earlier run of this command made for VBench."""
     paths = clip_paths(args, captions)
     if args.vbench:
-        check_made_by(args.out, made_by(args, stage, pipeline, captions, seeds, grid, options))
+        args.out.mkdir(parents=True, exist_ok=True)
+        now = made_by(args, stage, pipeline, captions, seeds, grid, options)
+        beside = args.out.with_name(f"{args.out.name}.made_by.json")     # VBench opens all inside
+        data.same_settings(beside, now, args.out, "*.mp4")
     todo = [i for i in range(world.rank, len(paths), world.size)
             if not (args.vbench and paths[i].exists())]
     quiet, made = len(todo) <= pipeline.batch or not world.is_main, []
@@ -282,21 +282,6 @@ def made_by(args, stage, pipeline, captions, seeds, grid, options: dict) -> dict
             "guidance": options["guidance"], "first_seed": seeds[0],
             "chunks": options.get("chunks", pipeline.chunks), "size": pipeline.latent_shape[1:],
             "prompts": f"checksum {zlib.crc32(json.dumps(captions).encode()):08x}"}
-
-
-def check_made_by(folder: Path, now: dict) -> None:
-    """Raises ValueError when the clips in a folder were made by other settings, which stand beside
-    it: VBench looks at every file in it."""
-    record, now = folder.with_name(f"{folder.name}.made_by.json"), json.loads(json.dumps(now))
-    if not record.exists() and any(folder.glob("*.mp4")):
-        raise ValueError(f"--out {folder}: holds clips, and no {record.name} beside it says how "
-                         f"they were made: give another folder")
-    for name, then in (cli.read_json(record) if record.exists() else {}).items():
-        if now.get(name) != then and any(folder.glob("*.mp4")):
-            raise ValueError(f"--out {folder}: its clips were made with {name} = {then}, not "
-                             f"{now.get(name)}: give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    data.write_text(record, json.dumps(now, indent=1))
 
 
 def file_name(caption: str) -> str:

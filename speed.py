@@ -24,7 +24,7 @@ from cache import Context, append_chunk
 from config import SIMULATIONS, Config, chunks_of, recipe
 from distributed import generator
 from model import FlowMapDiT, ModelConfig
-from wan import their_name
+from wan import diffusers_config, their_name
 
 
 def synchronise(device) -> None:
@@ -141,17 +141,12 @@ def costs(config: ModelConfig, shape, preset: str, repeats: int, world):
 
 # --- peers
 
-def theirs(network: FlowMapDiT, **extra):
+def theirs(network: FlowMapDiT, chunks=(1,)):
     """Diffusers' network with the same weights."""
     import diffusers
-    c = network.config
-    kind = diffusers.AnyFlowTransformer3DModel
-    if c.compressed:
-        kind = diffusers.AnyFlowFARTransformer3DModel
-    other = kind(patch_size=(1, c.patch, c.patch), num_attention_heads=c.heads,
-                 attention_head_dim=c.dim // c.heads, in_channels=c.channels,
-                 out_channels=c.channels, text_dim=c.text_dim, freq_dim=c.freq_dim,
-                 ffn_dim=c.ffn_dim, num_layers=c.layers, cross_attn_norm=True, **extra)
+    record = {"chunks": list(chunks), "config": {"full_chunks": 3}}
+    config = diffusers_config("random weights", network.config, record)
+    other = getattr(diffusers, config["_class_name"]).from_config(config)
     weights = network.state_dict()
     other.load_state_dict({their_name(name, "diffusers"): p for name, p in weights.items()})
     return other.eval()
@@ -241,7 +236,7 @@ def peers(wide: ModelConfig, sides, chunks, repeats: int):
     text = torch.randn(1, 16, CAUSAL.text_dim, generator=generator("text"))
     for count in chunks:
         z = torch.randn(1, count, CAUSAL.channels, 32, 16, generator=generator("z"))
-        other = theirs(network, full_chunk_limit=3, chunk_partition=(1,) * count)
+        other = theirs(network, (1,) * count)
         times = medians({"ours": lambda z=z: our_rollout(network, z, text, grid, 3),
                          "theirs": lambda z=z, o=other: their_rollout(o, CAUSAL, z, text, grid)},
                         repeats, device)

@@ -13,6 +13,7 @@ under an entry such as `generator_ema`.
 import argparse
 import hashlib
 import json
+import pickle
 import shutil
 import struct
 import zipfile
@@ -22,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import cli
-from config import record_of
+from config import finished, record_of
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -126,48 +127,39 @@ UNREADABLE = (SafetensorError, RuntimeError, OSError, EOFError, AttributeError, 
 def open_tensors(path: Path) -> tuple[Tensors, dict]:
     """The tensors of a file or folder under the names they have there, and their shapes. Raises
     ValueError for what cannot be read."""
-    readers, shapes = {}, {}
+    found = {}                               # by name: what reads it, its shape
     for file in weight_files(path):
         try:
-            if file.suffix == ".safetensors":
-                open_safetensors(file, readers, shapes)
-            else:
-                open_pickle(file, readers, shapes)
+            found |= open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)
         except UNREADABLE as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{file}: truncated, or not a file of weights ({reason})") from None
-        except Exception as error:           # the unpickler's own, which torch has by name only
-            if type(error).__name__ != "UnpicklingError":
-                raise
+        except pickle.UnpicklingError:
             raise ValueError(f"{file}: holds more than tensors, which could run code when it is "
                              f"read; convert it to safetensors where it came from") from None
-    common = [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in readers)]
-    strip = common[0] if common else ""
-
-    def plain(name):
-        return name.removeprefix(strip).replace("_fsdp_wrapped_module.", "")
-    tensors = Tensors({plain(name): reader for name, reader in readers.items()})
-    return tensors, {plain(name): shape for name, shape in shapes.items()}
+    strip = next((p for p in PREFIXES if all(name.startswith(p) for name in found)), "")
+    found = {name.removeprefix(strip).replace("_fsdp_wrapped_module.", ""): pair
+             for name, pair in found.items()}
+    return (Tensors({name: reader for name, (reader, _) in found.items()}),
+            {name: shape for name, (_, shape) in found.items()})
 
 
-def open_safetensors(file: Path, readers: dict, shapes: dict) -> None:
-    """Put what reads each tensor of a file in `readers`, its shape in `shapes`."""
+def open_safetensors(file: Path) -> dict:
+    """Of each tensor of a file, by its name: what reads it, and its shape."""
     handle = safe_open(file, "pt")
-    for name in handle.keys():
-        readers[name] = partial(handle.get_tensor, name)
-        shapes[name] = tuple(handle.get_slice(name).get_shape())
+    return {name: (partial(handle.get_tensor, name), tuple(handle.get_slice(name).get_shape()))
+            for name in handle.keys()}
 
 
-def open_pickle(file: Path, readers: dict, shapes: dict) -> None:
+def open_pickle(file: Path) -> dict:
     """The same for .pt and .pth; the tensors may lie under an entry."""
     mmap = zipfile.is_zipfile(file)
     found = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     while (entry := next((e for e in ENTRIES if isinstance(found.get(e), dict)), None)):
         found = found[entry]
-    for name, tensor in found.items():
-        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
-            readers[name] = lambda tensor=tensor: tensor
-            shapes[name] = tuple(tensor.shape)
+    return {name: (lambda tensor=tensor: tensor, tuple(tensor.shape))
+            for name, tensor in found.items()
+            if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -203,7 +195,7 @@ def weight_files(path: Path) -> list[Path]:
 def fingerprint(place) -> str:
     """Of a finished stage its checksum; ValueError if it is damaged. Of other weights, which may be
     tens of GB, the SHA-256 of their sizes and of sixteen pieces of each file."""
-    if (Path(place) / "model.safetensors").exists():
+    if finished(place):
         checkpoint.load_model(place)
         return checkpoint.recorded_sum(Path(place) / "model.safetensors")
     found = hashlib.sha256()
@@ -279,7 +271,7 @@ def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
     """`load` for weights as they are, without merging: (config, state, None), or (config, state of
     the base, adapter) with the adapter's "rank", "alpha" and "tensors". Where the base is itself an
     adapter stage, they are the base's base and both adapters as one."""
-    if Path(path).exists() and not (Path(path) / "model.safetensors").exists():
+    if Path(path).exists() and not finished(path):
         if saved := checkpoint.checkpoints(Path(path)):
             raise ValueError(f"{path} is not finished: its last checkpoint is of update "
                              f"{int(saved[-1].name)}. To look at it, copy the run and finish the "
@@ -336,12 +328,11 @@ def load_foreign(path) -> tuple[ModelConfig, Tensors]:
     if record.get("deltatime_type", "r") != "r":
         raise ValueError(f"{path}: a network whose second time is {record['deltatime_type']!r}; "
                          f"only 'r' is supported")
-    marks = [layout for layout in LAYOUTS if their_name("time_embed.up.weight", layout) in shapes]
-    if not marks:
+    layout = next((x for x in LAYOUTS if their_name("time_embed.up.weight", x) in shapes), "")
+    if not layout:
         some = ", ".join(sorted(tensors)[:3])
         raise ValueError(f"{path}: neither Diffusers' nor Wan's names ({len(tensors)} tensors: "
                          f"{some} ...)")
-    layout = marks[0]
     shapes = {name: shape for name, shape in shapes.items() if UNUSED not in name}
     try:
         config = config_of(path, shapes, layout, record)
@@ -411,30 +402,26 @@ def as_causal(state: Mapping) -> Tensors:
     return Tensors(makers)
 
 
-def moved_down(base: Mapping, adapter: Mapping, flow_map: bool) -> tuple[Tensors, Mapping]:
+def moved_down(base: Tensors, adapter: Tensors, flow_map: bool) -> tuple[Tensors, Tensors]:
     """(base, adapter) of an adapter stage that becomes a base: the compressed patch embedding,
     which adapters replace as a whole, is the base's then; and, of a flow map, the adapter of the
     second time embedder starts as that of the first."""
-    replaced = [name for name in adapter if name.startswith(lora.REPLACED)]
-    makers = {name: partial(base.__getitem__, name) for name in base}
-    makers |= {name: partial(adapter.__getitem__, name) for name in replaced}
-    rest = [name for name in adapter if name not in replaced]
-    adapter = Tensors({name: partial(adapter.__getitem__, name) for name in rest})
+    makers = adapter.makers
+    replaced = {name: make for name, make in makers.items() if name.startswith(lora.REPLACED)}
+    adapter = Tensors({name: make for name, make in makers.items() if name not in replaced})
     if flow_map and "r_embed.up.down" not in adapter:
         adapter = as_flow_map(adapter)
-    return Tensors(makers), adapter
+    return Tensors(base.makers | replaced), adapter
 
 
-def complete(adapter: Mapping, config: ModelConfig, base: Mapping) -> Mapping:
+def complete(adapter: Tensors, config: ModelConfig, base: Tensors) -> Tensors:
     """An adapter's tensors for a network of `config`: that of the second time embedder starts as a
     copy of the first's, the compressed patch embedding as that of the tensors `base`."""
     if config.second_time and "r_embed.up.down" not in adapter:
         adapter = as_flow_map(adapter)
     if config.compressed and "far_patch_embed.weight" not in adapter:
         names = [f"far_patch_embed.{part}" for part in ("weight", "bias")]
-        makers = {name: partial(adapter.__getitem__, name) for name in adapter}
-        makers |= {name: partial(base.__getitem__, name) for name in names}
-        adapter = Tensors(makers)
+        adapter = Tensors(adapter.makers | {name: base.makers[name] for name in names})
     return adapter
 
 
@@ -448,16 +435,15 @@ def export(stage, to, base=None, copy: bool = False) -> Path:
     """
     stage, to = Path(stage), Path(to).resolve()
     config, state = load(stage, second_time=True, base=base)
-    if (stage / "model.safetensors").exists():
+    if finished(stage):
         record = record_of(stage, "chunks", "shift")
     else:
         record = read_record(stage, config)
     theirs = diffusers_config(stage, config, record)
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"{to} is not empty: give a new folder")
-    write = partial(write_pipeline, config=theirs, state=state, shift=record["config"]["shift"],
-                    base=base, copy=copy)
-    checkpoint.write_aside(to, write)
+    with checkpoint.folder_aside(to) as aside:
+        write_pipeline(aside, theirs, state, record["config"]["shift"], base, copy)
     return to
 
 
@@ -538,7 +524,7 @@ def export_adapter(stage, to) -> Path:
     state = {}
     for name, tensor in tensors.items():
         path, part = name.rsplit(".", 1)
-        path = their_name(f"{path}.weight", "diffusers").removesuffix(".weight")
+        path = their_name(path, "diffusers")
         if part == "down":
             state[f"transformer.{path}.lora_A.weight"] = tensor
         else:

@@ -144,14 +144,13 @@ def draw_figure(path: Path, rows: list[dict]) -> bool:
     """Distance and accuracy against steps, a line for each model, with the standard deviation over
     its rows of as many steps (of several seeds). False without matplotlib."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     titles = {"ed": "energy distance to real clips", "acc": "prompt accuracy"}
     metrics = [key for key in titles if key in rows[0]]
-    figure, axes = plt.subplots(1, len(metrics), figsize=(5.5 * len(metrics), 4), squeeze=False)
+    figure = Figure(figsize=(5.5 * len(metrics), 4))
+    axes = figure.subplots(1, len(metrics), squeeze=False)
     for axis, key in zip(axes[0], metrics):
         for model in dict.fromkeys(row["model"] for row in rows):
             mine = [row for row in rows if row["model"] == model]
@@ -170,7 +169,6 @@ def draw_figure(path: Path, rows: list[dict]) -> bool:
     figure.tight_layout()
     with cli.written_aside(path) as aside:
         figure.savefig(aside, dpi=120)
-    plt.close(figure)
     return True
 
 

@@ -253,17 +253,16 @@ def path(u, sampler, z_1, steps: int):
 def draw_figure(out: Path, models: dict, samples: dict, errors: dict, z_1) -> bool:
     """A row a model: samples with errors, then paths. False when matplotlib is not installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     shown = slice(0, 1000)
     exact = samples["exact flow map"][0].flatten(0, 1)[shown]
     colour = torch.cdist(exact, CENTRES).argmin(1)           # of a noise: where it should end
     few = z_1[:8, :1]
     curves = path(exact_u, any_step, few, 32)[:, :, 0]                              # (33, 8, 2)
-    figure, axes = plt.subplots(len(models), len(STEPS) + 1, figsize=(9.6, 8.2))
+    figure = Figure(figsize=(9.6, 8.2))
+    axes = figure.subplots(len(models), len(STEPS) + 1)
     for row, (name, (u, sampler)) in zip(axes, models.items()):
         row[0].set_ylabel(name)
         for axis, z_0, error in zip(row, samples[name], errors[name]):
@@ -280,7 +279,6 @@ def draw_figure(out: Path, models: dict, samples: dict, errors: dict, z_1) -> bo
     figure.tight_layout(pad=0.4)
     with cli.written_aside(out) as aside:
         figure.savefig(aside, dpi=120)
-    plt.close(figure)
     return True
 
 

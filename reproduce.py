@@ -245,14 +245,13 @@ def healthy(found: dict, stage: str, data: str, but=None) -> list[list[dict]]:
 
 def draw_log(path: Path, title: str, rows: list[dict], normal: list[list[dict]]) -> None:
     """Each quantity of a log in red, over those of others in grey."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     keys = [key for key in rows[0] if key not in ("step", "lr", "seconds", "skipped")]
     columns = min(5, len(keys))
     lines = math.ceil(len(keys) / columns)
     size = max(5, 2.2 * columns), 2.1 * lines
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(keys):]:
         axis.remove()
     for axis, key in zip(axes.flat, keys):
@@ -267,7 +266,6 @@ def draw_log(path: Path, title: str, rows: list[dict], normal: list[list[dict]])
     figure.tight_layout()
     with cli.written_aside(path) as aside:
         figure.savefig(aside, dpi=80)
-    plt.close(figure)
 
 
 def draw_logs(found: dict) -> None:

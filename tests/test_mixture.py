@@ -101,5 +101,5 @@ def test_a_short_run_prints_its_tables_and_draws_if_it_can(tmp_path, capsys, mon
     plane.main(["--updates", "0.01", "--out", str(picture)])
     assert capsys.readouterr().out.count("| exact flow map | 0.00 | 0.00 |") == 2
     assert picture.exists() == bool(importlib.util.find_spec("matplotlib"))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert not plane.draw_figure(picture, {}, {}, {}, Z_1)

@@ -229,7 +229,7 @@ def test_records_and_tables_in_the_repository_belong_together(tmp_path, monkeypa
 
 
 def test_compare_draws_a_run_over_healthy_records(tmp_path, monkeypatch):
-    plt = pytest.importorskip("matplotlib.pyplot")
+    figure = pytest.importorskip("matplotlib.figure").Figure
     log = [{"step": 10 * i, "loss": 1 / i, "grad_norm": 1.0, "lr": 1e-3, "seconds": 1}
            for i in range(1, 9)]
     def record(data):
@@ -237,8 +237,9 @@ def test_compare_draws_a_run_over_healthy_records(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "records", lambda: {
         ("teacher", 0): record("shapes"), ("broken-text", 0): record("shapes"),
         ("digits-teacher", 0): record("digits"), ("flowmap", 0): None})
-    closed = []
-    monkeypatch.setattr(plt, "close", closed.append)
+    drawn, save = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **more: drawn.append(self) or save(
+        self, *args, **more))
     (tmp_path / "pretrain").mkdir()
     file = tmp_path / "pretrain" / "log.jsonl"
     rows = "".join(json.dumps(row) + "\n" for row in log)
@@ -246,12 +247,12 @@ def test_compare_draws_a_run_over_healthy_records(tmp_path, monkeypatch):
     (tmp_path / "pretrain" / "config.json").write_text('{"config": {"data": "shapes"}}')
     reproduce.main(["compare", str(tmp_path)])
     assert (tmp_path / "compare-pretrain.png").stat().st_size > 1000
-    loss, grad_norm = closed[0].axes
-    assert loss.get_title() == "loss" and [len(axis.lines) for axis in closed[0].axes] == [2, 2]
+    loss, grad_norm = drawn[0].axes
+    assert loss.get_title() == "loss" and [len(axis.lines) for axis in drawn[0].axes] == [2, 2]
     assert list(loss.lines[-1].get_ydata()) == [row["loss"] for row in reproduce.thinned(log)]
     (tmp_path / "pretrain" / "config.json").write_text('{"config": {"data": "my clips"}}')
     reproduce.main(["compare", str(tmp_path)])           # of no record's: beside all of them
-    assert len(closed[1].axes[0].lines) == 3
+    assert len(drawn[1].axes[0].lines) == 3
     file.write_text("")
     with pytest.raises(ValueError, match="no row yet"):
         reproduce.compare(tmp_path)

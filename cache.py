@@ -126,8 +126,8 @@ def append_chunk(network, context: Context, z_0: torch.Tensor, full_chunks: int,
     compressed (0: all in full). A chunk that leaves the full ones is compressed once: it sees only
     compressed chunks, so its keys never change. The full ones that remain are encoded again, since
     their past has one compressed chunk more. window > 0: only the last `window` chunks are kept,
-    and the full ones in any case. They are cut before z_0 is encoded, so that with the window of
-    training no chunk sees more of the past than there.
+    and the full ones in any case. Older ones are dropped before anything is encoded, so that with
+    the window of training no chunk sees more of the past than there.
     """
     start = context.start + z_0.shape[1]
     window = window or EVERYTHING
@@ -139,7 +139,7 @@ def append_chunk(network, context: Context, z_0: torch.Tensor, full_chunks: int,
     full = [*context.full_latents, z_0]
     cache = tuple(chunk for chunk in context.cache if chunk.stride > 1)
     first = start - sum(z.shape[1] for z in full)
-    if len(full) == full_chunks:
+    if len(full) >= full_chunks:
         z = full.pop(0)
         places = window - len(full)                  # for compressed chunks, z's own included
         cache = newest(cache, max(0, places - 1))

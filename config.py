@@ -123,7 +123,7 @@ class Config:
     real_guidance: float = flag(2.0, "guidance scale of the teacher in DMD: 4 for the paper's "
                                 "'cond + 3 (cond - uncond)'. With the scale that is fused into the "
                                 "flow map, small and large steps aim at the same clips (default "
-                                "that one; 4 for Wan)")
+                                "that one; 4 for Wan where it is 3)")
     cotrain: float = flag(1.0, "factor of the forward flow-map loss in distill; it keeps the "
                           "any-step map alive")
     fake_lr: float = flag(1e-3, "peak learning rate of the fake score")
@@ -220,13 +220,14 @@ def recipe(preset: str, stage: str, causal: bool) -> dict:
 
 
 def with_recipe(stage: str, preset: str, causal: bool, given: dict) -> dict:
-    """What differs from the defaults: the recipe, and over it what is given. DMD's teacher has the
-    guidance that is fused into the flow map, unless that is the recipe's, which may have another
-    for the teacher, or it is given."""
+    """What differs from the defaults: the recipe, and over it what is given. Unless it is given,
+    DMD's teacher has the guidance that is fused into the flow map; where that is the recipe's, what
+    the recipe says."""
     own = recipe(preset, stage, causal)
     found = own | given
-    fused, usual = (some.get("guidance", Config.guidance) for some in (found, own))
-    if stage == "distill" and (fused != usual or "real_guidance" not in own):
+    fused = found.get("guidance", Config.guidance)
+    unusual = fused != own.get("guidance", Config.guidance)
+    if stage == "distill" and (unusual or "real_guidance" not in own):
         found["real_guidance"] = given.get("real_guidance", fused)
     return found
 
@@ -381,15 +382,18 @@ def check(c: Config, given: dict, parser) -> None:
     if c.time_embedding == "added" and (c.lora_rank or c.stage != "flowmap"):
         parser.error("--time-embedding added is for stage flowmap and --lora-rank 0: later stages "
                      "go on with what the weights have")
-    if c.stage == "flowmap" and c.steps <= c.tangent_warmup:
+    begun = Path(c.run_dir) / folder_of(c.stage, c.causal) / "checkpoints" / f"{c.steps:08d}"
+    if c.stage == "flowmap" and c.steps <= c.tangent_warmup and not begun.exists():
         parser.error(f"--steps {c.steps}: the tangent warms up over {c.tangent_warmup}, and what "
                      "ends before is no flow map; give a shorter --tangent-warmup, or 0")
     if c.velocity == "teacher" and not c.balance:
         parser.error("--velocity teacher: the errors with r = t, whose mean scales those with r < "
                      "t, vanish; give that scale, such as --balance 0.1")
-    if c.derivative == "jvp" and (c.bf16 or int(os.environ.get("WORLD_SIZE", 1)) > 1):
-        parser.error("--derivative jvp is for one process and --no-bf16: FSDP has no forward-mode "
-                     "differentiation")
+    differentiates = c.stage == "flowmap" or c.stage == "distill" and c.cotrain
+    sharded = c.bf16 or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if c.derivative == "jvp" and differentiates and sharded:
+        parser.error("--derivative jvp is for one process and --no-bf16, as FSDP has no "
+                     "forward-mode differentiation: give --derivative finite-difference")
     if c.flow_fraction + c.consistency_fraction > 1:
         parser.error("--flow-fraction and --consistency-fraction: together at most 1")
     for name in ("budgets", "chunks") if c.chunks else ("budgets",):
@@ -411,7 +415,8 @@ def check_base(c: Config, given: dict, parser) -> None:
     if not c.base or own.exists() and not c.fresh:
         return
     if not finished(c.base):                         # no stage
-        if c.preset == Config.preset and "preset" not in given and Path(c.base).exists():
+        foreign = Path(c.base).exists() and not (Path(c.base) / "checkpoints").exists()
+        if foreign and c.preset == Config.preset and "preset" not in given:
             wan = " or ".join(name for name in PRESETS if name.startswith("wan"))
             parser.error(f"--base {c.base} is no finished stage, and without --preset the recipe "
                          f"is that of the toy sets: say --preset {wan}")

@@ -456,14 +456,13 @@ def write_text(path: Path, text: str) -> None:
 
 def same_settings(record: Path, now: dict, folder: Path, pattern: str) -> dict:
     """Write down what the files `pattern` of a folder depend on, and return it as it is read again.
-    Raises ValueError where they are there and were made with other settings, or nobody knows with
-    which."""
-    now, begun = json.loads(json.dumps(now)), any(folder.glob(pattern))
-    if begun and not record.exists():
+    Raises ValueError where other settings are written there, or files and none."""
+    now = json.loads(json.dumps(now))
+    if not record.exists() and any(folder.glob(pattern)):
         raise ValueError(f"{folder} holds {pattern}, and no {record.name} says how they were made: "
                          "give another folder")
-    before = cli.read_json(record) if begun else {}
-    for name in now if begun else ():
+    before = cli.read_json(record) if record.exists() else now
+    for name in now:
         if before.get(name) != now[name]:
             raise ValueError(f"{folder} was begun with {name} = {before.get(name)}, not "
                              f"{now[name]}: go on with the same settings, or give another folder")

@@ -47,7 +47,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--length", type=int, least=1, default=1,
         help="causal: clips of so many times the trained length (default 1)")
     add("--guidance", type=float, help="guidance scale of the teacher, and of flow maps that have "
-        "none fused in (default: the teacher's is that of the first flow map; 1)")
+        "none fused in (default: of the teacher that of the first flow map beside it, or its own; "
+        "of flow maps 1)")
     add("--data", help="the clips, where they have moved (default: as in training)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
         help="auto, cpu or cuda (default auto)")
@@ -282,7 +283,8 @@ def main(argv=None) -> None:
     out = args.out or (Path("runs/shipped") if shipped else beside / "eval")
     cli.check_folder(out, "--out")
     first = models[0][1]
-    config = record_of(first, "config", "data", "frames", "size")["config"]
+    records = [record_of(folder, "config", "data", "frames", "size") for _, folder, _ in models]
+    config = records[0]["config"]
     for _, folder, _ in models[1:]:
         if difference := runs.other_clips(first, folder):
             raise ValueError(f"--models: {difference}; measure them one after the other")
@@ -291,6 +293,9 @@ def main(argv=None) -> None:
     if isinstance(dataset, data.Shards):
         raise ValueError(f"{first} was trained on the shards {clips}, and latents are no clips to "
                          "compare with: measure it with VBench (sample.py --vbench)")
+    held = records[0].get("set", {}).get("captions")
+    if args.data and held and held != runs.short_sum(dataset.captions):
+        raise ValueError(f"--data {clips}: its captions are not those that {first} was trained on")
     device = distributed.start(args.device).device
     pipelines = {folder: load_pipeline(folder, device) for _, folder, _ in models}
     teacher = teacher_pipeline(pipelines, device)
@@ -304,7 +309,7 @@ def main(argv=None) -> None:
     causal = [p for p in pipelines.values() if len(p.chunks) > 1]
     lengths = [causal[0].codec.frames(chunk) for chunk in causal[0].chunks] if causal else []
     evaluation = EvaluationSet(dataset, args.count, lengths)
-    summary = evaluation.summary(config)
+    summary = evaluation.summary(config | {"data": clips}) | {"asked_guidance": args.guidance}
     rows, pictures = measure(evaluation, models, pipelines, teacher, args)
     table = to_table(rows, summary)
     print("\n" + table + "\n")

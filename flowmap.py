@@ -151,7 +151,8 @@ def flow_map_times(generator: torch.Generator, count: int, shift: float,
     flow_times: "larger" gives an r = t sample the larger draw, too. "either" gives it the first
     draw, uniform before the shift: at shift 5 21 times as many of these samples lie below 0.2.
     """
-    pair = torch.rand(2, count, generator=generator)
+    # rand may give a 0, and r = 0 is a role.
+    pair = torch.rand(2, count, generator=generator).clamp(min=torch.finfo(torch.float32).tiny)
     position = (torch.arange(count) + torch.rand(1, generator=generator)) / count
     t, r = pair.amax(0), pair.amin(0)
     if flow_times == "either":

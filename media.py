@@ -151,7 +151,7 @@ def contact_sheet(rows: torch.Tensor, gap: int = 2) -> torch.Tensor:
     return cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
-def write_clip(path: Path, video: torch.Tensor, fps: int) -> None:
+def write_clip(path: Path, video: torch.Tensor, fps: float) -> None:
     """Write one clip (T, 3, H, W), whole or not at all: .mp4 and .gif play, .png is a row of its
     frames. Raises ValueError for other names, OSError where it cannot be written."""
     if path.suffix == ".png":
@@ -168,7 +168,7 @@ def write_picture(path: Path, pixels: np.ndarray) -> None:
         aside.write_bytes(iio.imwrite("<bytes>", pixels, extension=".png"))
 
 
-def write_frames(path: Path, frames, fps: int) -> None:
+def write_frames(path: Path, frames, fps: float) -> None:
     """An .mp4 or .gif of an iterator of frames (H, W, 3) uint8, whole or not at all."""
     with cli.written_aside(path) as aside:
         if path.suffix == ".mp4":
@@ -178,7 +178,7 @@ def write_frames(path: Path, frames, fps: int) -> None:
                                           duration=1000 / fps, loop=0))
 
 
-def write_mp4(path: Path, frames, fps: int) -> None:
+def write_mp4(path: Path, frames, fps: float) -> None:
     """By ffmpeg. Raises OSError with its first word where it fails, as on a full disk."""
     first = next(frames)
     height, width = first.shape[:2]

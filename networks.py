@@ -125,8 +125,11 @@ def find_weights(c: Config) -> Weights:
     student, adapters = origins["student"], {}
     if c.lora_rank:
         student, adapters = find_adapters(c, origins)
-    config, state, below = wan.load_apart(student) if c.lora_rank else (*wan.load(student), None)
-    flow_map, scores = c.stage != "pretrain", ()
+    below, scores, flow_map = None, (), c.stage != "pretrain"
+    if c.lora_rank:
+        config, state, below = wan.load_apart(student)
+    else:
+        config, state = wan.load(student)
     if not flow_map and config.second_time:
         raise ValueError(f"--base {student} is a flow map already, and a teacher knows one time "
                          f"only: go on with it by --stage flowmap --base {student}, or give "

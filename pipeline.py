@@ -294,10 +294,10 @@ def given_latents(pipeline: Pipeline, path: Path, is_image: bool, chunks) -> tor
         video = media.read_video(path, *sides(pipeline), pipeline.fps, most)
     whole = max((end for end in ends if length(end) <= len(video)), default=0)
     if not whole:
-        raise ValueError(f"{path}: {len(video)} frames at {pipeline.fps} a second; the first chunk "
-                         f"takes {length(chunks[0])}, and one more must be left to generate")
+        raise ValueError(f"{path}: {len(video)} frames at {pipeline.fps:g} a second; the first "
+                         f"chunk takes {length(chunks[0])}, and one more must be left to generate")
     if length(whole) < len(video):
-        print(f"{path}: its first {length(whole)} frames at {pipeline.fps} a second are used, "
+        print(f"{path}: its first {length(whole)} frames at {pipeline.fps:g} a second are used, "
               f"{ends.index(whole) + 1} whole chunks")
     return pipeline.codec.encode(video[None, :length(whole)].float() / 127.5 - 1)
 

@@ -173,8 +173,8 @@ def change_between(then: dict, now: dict) -> str:
 def differ(name: str, then, now) -> bool:
     """Whether a setting changed. Clips and weights that are not where they were may have been
     moved: what they hold, `check_set` and `built_on` compare."""
-    paths = name in ("base", "data") and then and now and not {then, now} & set(SETS)
-    return then != now and not (paths and not os.path.exists(then))
+    are_paths = name in ("base", "data") and not {then, now} & {"", *SETS}
+    return then != now and not (are_paths and not os.path.exists(then))
 
 
 def built_on(c: Config) -> dict[str, str]:

@@ -323,6 +323,7 @@ def read_list(path: Path) -> list[str]:
 def save_latents(args, stage, world, pipeline, captions, seeds, grid, options: dict) -> None:
     """A teacher's clips as shards (data.ShardWriter): synthetic training data, as in the paper."""
     found = made_by(args, stage, pipeline, captions, seeds, grid, options)
+    found["fps"] = pipeline.fps
     writer = data.ShardWriter(args.save_latents, found, world.rank, world.size)
     image, condition = options.get("picture", (None, None))
     rows = [i for i in range(world.rank, len(captions), world.size)
@@ -340,7 +341,7 @@ def save_latents(args, stage, world, pipeline, captions, seeds, grid, options: d
     print(f"{args.save_latents}: part {world.rank + 1} of {world.size}, {len(writer.done)} clips")
 
 
-def stream_to(path: Path, pieces, fps: int) -> None:
+def stream_to(path: Path, pieces, fps: float) -> None:
     """Write chunks (1, T, 3, H, W) into one .mp4 or .gif as they come; print how fast they came."""
     if path.suffix not in (".mp4", ".gif"):
         raise ValueError(f"{path}: a stream is written to .mp4 or .gif")

@@ -106,8 +106,7 @@ ENTRIES = ("generator_ema", "ema", "generator", "model", "state_dict")
 
 
 def their_name(name: str, layout: str) -> str:
-    """Our tensor's name in a layout; '' where that layout has none. name: of a parameter of
-    FlowMapDiT."""
+    """The name of a parameter or module of FlowMapDiT in a layout; '' where that has none."""
     prefix, table = "", TOP
     if name.startswith("blocks."):
         _, number, name = name.split(".", 2)
@@ -275,7 +274,8 @@ def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
         if saved := checkpoint.checkpoints(Path(path)):
             raise ValueError(f"{path} is not finished: its last checkpoint is of update "
                              f"{int(saved[-1].name)}. To look at it, copy the run and finish the "
-                             "copy there: train.py with --run-dir and --steps of that number")
+                             "copy there: python train.py [--causal] --stage STAGE --run-dir COPY "
+                             f"--steps {int(saved[-1].name)}")
         return *load_foreign(path), None
     config, tensors, adapter = checkpoint.load_model(path)
     if not adapter:
@@ -288,7 +288,7 @@ def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
         raise ValueError(f"{path} adapts other weights than {places[0]} holds now: put those there "
                          f"again, or train the stage anew with --fresh")
     adapter["tensors"] = tensors
-    below, state, first = load_apart(places[0], base)
+    below, state, first = load_apart(places[0], None if places[0] == base else base)
     _, state = as_asked(below, state, config.second_time, config.compressed)
     return config, state, stacked(first, adapter) if first else adapter
 
@@ -433,7 +433,7 @@ def export(stage, to, base=None, copy: bool = False) -> Path:
     base: a Wan pipeline folder whose text encoder, tokenizer and autoencoder are linked, or copied
     with `copy`. Raises ValueError for a network that Diffusers' classes cannot hold, as a toy one.
     """
-    stage, to = Path(stage), Path(to).resolve()
+    stage, to = Path(stage), Path(to).resolve()      # "." has no name
     config, state = load(stage, second_time=True, base=base)
     if finished(stage):
         record = record_of(stage, "chunks", "shift")

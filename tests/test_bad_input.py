@@ -186,6 +186,8 @@ CASES = [
     ("train", ["--preset", "wan-1.3b", "--base", "good"], "--data shapes: --preset wan-1.3b",
      "data.py encode"),
     ("train", ["--base", "good"], "--base good is no finished stage", "say --preset wan-1.3b"),
+    ("train", ["--base", "damaged/pretrain"], "damaged/pretrain is not finished", "--steps 20"),
+    ("eval", [*RUN, "--data", "digits", "--steps", "1"], "--data digits", "not those that"),
     ("train", ["--stage", "flowmap", "--derivative", "jvp", "--bf16"], "--derivative jvp",
      "--no-bf16"),
     ("train", ["--causal"], "--causal", "leave it out of stage pretrain"),
@@ -239,7 +241,7 @@ CASES = [
      "--fresh trains the stage anew"),
     # sample
     ("sample", ["--ckpt", "damaged/pretrain", *PROMPT], "damaged/pretrain is not finished",
-     "update 20"),
+     "--steps 20"),
     ("sample", [*RUN, "--prompt", " "], "prompt ' '", "has no word"),
     ("sample", [*RUN, "--prompt", "!?"], "prompt '!?'", "has no word"),
     ("sample", [*CAUSAL, *PROMPT, "--prompt-at", "1", ""], "prompt ''", "has no word"),

@@ -247,6 +247,10 @@ def test_peers_are_ratios():
     pytest.importorskip("diffusers", minversion="0.42")
     what, ratio = next(speed.peers(SMALLEST, (4, 4), (2,), 1))
     assert what.startswith("forward") and 0.3 < ratio < 10
+    for causal, kind in enumerate(("AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel")):
+        config = replace(SMALLEST, compressed=bool(causal), output_skip=0.0, time_scale=1000.0)
+        other = speed.theirs(FlowMapDiT(config), (1,) * (1 + causal))    # all weights have a place
+        assert type(other).__name__ == kind and other.config.num_layers == 1
 
 
 # --- what is planned is what is trained

@@ -102,7 +102,7 @@ def test_rows_of_a_context():
 
 
 def test_behind_a_window_chunks_are_written_as_in_a_clip_of_its_length():
-    """A chunk that is dropped is nowhere in the keys of those that are written later."""
+    """A chunk that is dropped is not seen by those that are written later."""
     net, (z, _, _, text) = network(CAUSAL), inputs(CAUSAL, frames=7)
     context = Context(text)
     for i in range(6):

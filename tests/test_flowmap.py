@@ -57,6 +57,13 @@ def test_given_first_frames_are_seen_clean_at_time_0_and_do_not_move():
     assert (z_0[:, 1:] == -1).all() and (z_0[:, :1] == 0).all()
 
 
+def test_a_draw_of_zero_is_no_role(monkeypatch):
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *shape, **more: rand(*shape, **more) * 0)
+    t, r = flowmap.flow_map_times(generator("times"), 8, 5.0)
+    assert roles_of(t, r) == (4, 2, 2) and (t > 0).all()
+
+
 def test_roles_are_counted_and_another_order_is_refused():
     t, r = torch.full((4,), 0.5), torch.tensor([0.5, 0.0, 0.0, 0.2])
     assert roles_of(t, r) == (1, 2, 1) and roles_of(t[:1] * 0, r[1:2]) == (1, 0, 0)

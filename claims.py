@@ -7,7 +7,7 @@ reproduce.py makes the runs, and the tables.
 """
 import statistics
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import cli
@@ -240,14 +240,21 @@ def said(run: Run) -> str:
     return " ".join(f"{flag} {value}".strip() for flag, value in flags.items())
 
 
+@cache
+def flag_parser() -> cli.Parser:
+    parser = cli.Parser("", "")
+    parser.add_config(Config)
+    return parser
+
+
 def settings(name: str, seed: int) -> list[dict]:
     """Those of each stage of the lineage, as config.parse_config would find them, and how the last
     one is measured."""
-    parser, found = cli.Parser("", ""), []
-    parser.add_config(Config)
+    found = []
     for part in lineage(name):
         run = RUNS[part]
-        given = vars(parser.parse(flags_of(part, seed))) | {"stage": run.stage, "seed": seed}
+        given = vars(flag_parser().parse(flags_of(part, seed)))
+        given |= {"stage": run.stage, "seed": seed}
         before = () if run.anew else INHERITED.get(stage_before(run.stage), ())
         given = {key: found[-1][key] for key in before} | given
         causal = given.get("causal", False)

@@ -74,6 +74,7 @@ from sample import SHIPPED, default_run, newest_stage
 
 HELD_OUT = 1_000_000         # no stage draws clips with seeds from here to 2 * 10^6
 TEACHER_STEPS = 50
+REFERENCE = 4096             # real clips that fix the feature space
 
 
 class Frechet:
@@ -184,7 +185,7 @@ class EvaluationSet:
         self.prompts, self.chunk_spaces = None, []
         if dataset.attributes:
             self.prompts = [dataset.captions[i % len(dataset.captions)] for i in range(count)]
-        reference = dataset.clips(range(4096), seed=HELD_OUT)[0]
+        reference = dataset.clips(range(REFERENCE), seed=HELD_OUT)[0]
         self.space = Frechet(reference)
         if lengths:
             self.chunk_spaces = [Frechet(part) for part in reference.split(lengths, 1)]

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -370,6 +371,7 @@ def ship(run, causal_run, to) -> None:
         data.write_text(target / "config.json", json.dumps(found, indent=1))
 
 
+@cache
 def git_revision() -> str:
     """The commit that ran, with '+' when files differ; 'unknown' outside a git checkout."""
     describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]

@@ -208,7 +208,7 @@ def test_fresh_starts_over_a_damaged_record(copied, capsys):
     record.write_text(record.read_text()[:50])
     code, line = ended(train, flags_of(copied, "flowmap"), capsys)
     assert code == 2 and str(record) in line
-    assert trained(copied, "flowmap", "--fresh") == copied / "flowmap"
+    assert trained(copied, "flowmap", "--fresh", "--steps", "1") == copied / "flowmap"
 
 
 def test_two_prompts_of_one_name_are_refused(finished, tmp_path, capsys):
@@ -277,21 +277,6 @@ def test_files_are_as_readable_as_the_umask_says(finished, tmp_path):
 
 # --- numbers that are none
 
-def test_a_clip_of_latents_that_are_no_numbers_is_named(tmp_path):
-    writer = data.ShardWriter(tmp_path, {})
-    for i in range(100):
-        latents = torch.full((4, 48, 4, 4), torch.inf if i == 70 else 0.0)
-        writer.add(f"{i}", "a red box", latents=latents, text=torch.zeros(3, 64))
-    writer.close(torch.zeros(3, 64))
-    shards, good = data.Shards(tmp_path), 0
-    for i in range(100):
-        try:
-            good += len(shards.draw([i])[0])
-        except ValueError as error:
-            assert "part-0-of-1-00001.safetensors: latents of clip " in str(error)
-    assert good == 99
-
-
 def test_a_stage_that_skipped_most_of_its_updates_has_failed(finished, tmp_path, monkeypatch,
                                                              capsys):
     original, calls = meanflow.meanflow_error, itertools.count()
@@ -312,7 +297,7 @@ def test_after_gradients_that_are_no_numbers_a_lower_lr_goes_on(finished, tmp_pa
             student.head.bias.sum() * torch.nan).expand(len(x)))
         code, line = ended(train, flags_of(run, "flowmap"), capsys)
     assert code == 1 and "No checkpoint was saved" in line and "with a lower --lr" in line
-    trained(run, "flowmap", "--lr", "1e-4", "--save-every", "1")
+    trained(run, "flowmap", "--lr", "1e-4", "--save-every", "1", "--steps", "2")
     assert load_file(checkpoint.checkpoints(run / "flowmap")[-1] / STATE)
 
 

@@ -3,6 +3,7 @@ update."""
 import os
 import subprocess
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -65,6 +66,8 @@ def test_each_part_of_a_deep_network_is_extrapolated_for_itself(checkpointing, m
     monkeypatch.setattr(plan, "simulate", simulated)
     case = replace(case_of(checkpointing=checkpointing), config=replace(SMALLEST, layers=40))
     assert plan.memory_by_layers(case) == plan.memory(case)
+    count, = flops.by_layers(case, lambda some: [Counter(contexts=some.config.layers)])
+    assert count["contexts"] == 40
 
 
 def test_seconds_are_medians_in_turn_without_the_first_round(monkeypatch):
@@ -190,7 +193,8 @@ def test_nothing_is_done_that_is_not_needed(stage, causal, rank, monkeypatch):
 
 def test_checkpointing_of_every_second_block_computes_half_of_them_again():
     case = replace(case_of(ALONE, stage="pretrain"), config=replace(SMALLEST, layers=2))
-    found = [flops.arithmetic(case_of(case, checkpointing=n))[0] for n in (0, 1, 2)]
+    cases = [case_of(case, checkpointing=n) for n in (0, 1, 2)]
+    found = [flops.done(some, flops.batch_of(some)) for some in cases]
     none, every, half = (count["recomputation"] for count in found)
     assert none == 0 and half == every / 2 > 0
     assert found[0]["student backward"] == found[1]["student backward"]
@@ -232,15 +236,14 @@ def test_costs_are_those_of_the_papers_loss_by_rollout_and_steps(monkeypatch):
     # forward loss four: u_c, u_0, and the derivative's.
     distill = {("flow-map", n): 11 / 10 for n in (4, 8, 16, 50)} | {
         ("consistency", n): (8 + n) / 10 for n in (2, 4, 8, 16, 50)}
-    for preset in ("tiny", "toy"):                   # the toy's recipe has no guidance
-        found = dict(speed.costs(SMALLEST, (2, 48, 4, 4), preset, 1, WORLD))
-        assert len(found) == 22
-        whole = {what: ratio for what, ratio in found.items() if "bidirectional" in what}
-        assert list(whole.values()) == [4, 4, *distill.values()]
-        assert all(f"{rollout} rollout of {n} steps" in what
-                   for (rollout, n), what in zip(distill, list(whole)[2:], strict=True))
-        part = list(found.values())[11:]
-        assert part[:2] == [3, 3] and len(set(part[2:6])) == 1 < part[2] < part[-1]
+    found = dict(speed.costs(SMALLEST, (2, 48, 4, 4), "toy", 1, WORLD))    # of no guidance itself
+    assert len(found) == 22
+    whole = {what: ratio for what, ratio in found.items() if "bidirectional" in what}
+    assert list(whole.values()) == [4, 4, *distill.values()]
+    assert all(f"{rollout} rollout of {n} steps" in what
+               for (rollout, n), what in zip(distill, list(whole)[2:], strict=True))
+    part = list(found.values())[11:]
+    assert part[:2] == [3, 3] and len(set(part[2:6])) == 1 < part[2] < part[-1]
 
 
 def test_peers_are_ratios():
@@ -351,9 +354,8 @@ def test_command_line(capsys):
     bench.main("plan --preset tiny --gpus 1 --stage pretrain --micro-steps 1 "
                "--checkpointing".split())
     assert "| pretrain | bidirectional | all weights | yes |" in capsys.readouterr().out
-    for preset in ("tiny", "toy"):                   # the toy has no guidance, flops gives it one
-        bench.main(f"flops --preset {preset} --stage flowmap --checkpointing 2".split())
-        assert "flowmap: done / needed 1.000, released / done 1." in capsys.readouterr().out
+    bench.main("flops --preset toy --stage flowmap".split())     # no guidance: flops gives it one
+    assert "flowmap: done / needed 1.000, released / done 1." in capsys.readouterr().out
     wan = "--preset wan-14b --frames"
     for flags, message in ((f"{wan} 80", "4 n + 1"), ("--gpus 0", "at least 1"),
                            (f"{wan} 41 --causal", "are for 81 frames"),

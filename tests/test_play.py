@@ -214,11 +214,6 @@ def test_wrong_input_is_a_message(server, body, message):
     assert is_free(server, 0)
 
 
-def test_no_finished_stage_is_one_line(tmp_path, capsys):
-    with pytest.raises(ValueError, match="no finished stage in .*train.py --stage pretrain"):
-        play.main(["--run-dir", str(tmp_path), "--no-browser"])
-
-
 def test_of_large_networks_one_is_there_at_a_time(finished, monkeypatch):
     alive = weakref.WeakSet()
 

@@ -239,7 +239,7 @@ class Noise:
         return levels + noise, [""] * len(indices)
 
 
-def test_the_floor_is_of_five_draws_that_nothing_else_makes():
+def test_the_floor_is_of_five_draws_that_nothing_else_makes(quick):
     """Not of the reference, nor of one draw again; seeds of training lie elsewhere (updates.py)."""
     real = Noise()
     measured = evaluation.EvaluationSet(real, 60, [])
@@ -252,7 +252,7 @@ def test_the_floor_is_of_five_draws_that_nothing_else_makes():
     assert found["real_ed_std"] == pytest.approx(statistics.stdev(ed), rel=1e-3) and ed[0] != ed[1]
 
 
-def test_each_chunk_is_compared_with_the_same_chunk_of_real_clips():
+def test_each_chunk_is_compared_with_the_same_chunk_of_real_clips(quick):
     measured = evaluation.EvaluationSet(Noise(), 60, [1, 1, 1])
     clips = Noise().clips(range(60), 5)[0]
     alike, moved = (measured.scores(some)["fd_chunks"] for some in (clips, clips.roll(1, 1)))
@@ -318,18 +318,11 @@ def test_energy_distance_is_0_on_average_between_samples_of_one_distribution():
     assert evaluation.energy_distance(zeros, twos, 0, 0) == 4
 
 
-@pytest.fixture(scope="module")
-def evaluation_set():
-    """The set of both tests below is the same, and takes longer than they do."""
-    made, make = {}, evaluation.EvaluationSet
-
-    def shared(dataset, count, lengths):
-        key = (count, tuple(lengths))
-        if key not in made:
-            made[key] = make(dataset, count, lengths)
-        made[key].teacher = None
-        return made[key]
-    return shared
+@pytest.fixture
+def quick(monkeypatch):
+    """Else the feature space and the teacher's clips take most of the time."""
+    monkeypatch.setattr(evaluation, "REFERENCE", 256)
+    monkeypatch.setattr(evaluation, "TEACHER_STEPS", 2)
 
 
 def evaluate(run, out, *flags):
@@ -338,9 +331,7 @@ def evaluate(run, out, *flags):
     return json.loads((out / "results.json").read_text())
 
 
-def test_eval_writes_table_figure_and_sheets(finished, tmp_path, evaluation_set, monkeypatch,
-                                             capsys):
-    monkeypatch.setattr(evaluation, "EvaluationSet", evaluation_set)
+def test_eval_writes_table_figure_and_sheets(finished, tmp_path, quick, capsys):
     results = evaluate(finished, tmp_path, "--steps", "1,2")
     models = ("pretrain", "flowmap", "distill", "causal-flowmap", "causal-distill",
               "flowmap:consistency")
@@ -354,9 +345,7 @@ def test_eval_writes_table_figure_and_sheets(finished, tmp_path, evaluation_set,
     assert "--count 48: energy distances are biased" in out and "from 96 up" in out
 
 
-def test_eval_measures_drift_along_long_causal_clips(finished, tmp_path, evaluation_set,
-                                                     monkeypatch):
-    monkeypatch.setattr(evaluation, "EvaluationSet", evaluation_set)
+def test_eval_measures_drift_along_long_causal_clips(finished, tmp_path, quick):
     flags = ("--models", "causal-distill", "--steps", "2", "--length", "2")
     rows = evaluate(finished, tmp_path, *flags)["rows"]
     assert [row["model"] for row in rows] == ["causal-distill #1", "causal-distill #2"]
@@ -364,9 +353,7 @@ def test_eval_measures_drift_along_long_causal_clips(finished, tmp_path, evaluat
     assert rows[0]["ed_teach"] != rows[1]["ed_teach"]    # the teacher's clips are as trained
 
 
-def test_a_student_alone_is_measured_against_its_teacher(finished, tmp_path, evaluation_set,
-                                                         monkeypatch):
-    monkeypatch.setattr(evaluation, "EvaluationSet", evaluation_set)
+def test_a_student_alone_is_measured_against_its_teacher(finished, tmp_path, quick):
     models = "distill", "distill,pretrain"
     alone, both = (evaluate(finished, tmp_path, "--models", some, "--steps", "1")["rows"]
                    for some in models)

@@ -75,7 +75,7 @@ def test_wans_recipe_is_the_released_one(tmp_path, preset, steps, batch, form):
         assert {name: getattr(c, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("stage", FOLDERS)
+@pytest.mark.parametrize("stage", ["flowmap", "causal-distill"])
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, stage, monkeypatch):
     """Killed between two checkpoints: the updates since the last one are lost and made again. So
     the same seed gives the same bits, too."""
@@ -117,11 +117,10 @@ def test_a_stage_with_an_added_time_embedding_goes_on(finished, tmp_path):
         assert checkpoint.load_model(stage)[0].added
 
 
-@pytest.mark.parametrize("stage", FOLDERS)
-def test_another_seed_other_bits(finished, tmp_path, stage):
-    run = linked(finished, tmp_path / "run", stage)
-    other = trained(run, stage, "--seed", "1", "--steps", "1", "--log-every", "1")
-    assert rows(other)[0]["grad_norm"] != rows(finished / stage)[0]["grad_norm"]
+def test_another_seed_other_bits(finished, tmp_path):
+    """The flag arrives; tests/test_updates.py has every draw."""
+    other = trained(tmp_path / "run", "pretrain", "--seed", "1", "--steps", "1", "--log-every", "1")
+    assert rows(other)[0]["grad_norm"] != rows(finished / "pretrain")[0]["grad_norm"]
 
 
 @pytest.fixture(scope="module")
@@ -200,13 +199,11 @@ def test_a_restart_of_a_fresh_start_goes_on(finished, tmp_path, monkeypatch, cap
     assert not distributed.is_restart(before)
 
 
-@pytest.mark.parametrize("change", [("--steps", "2"), ("--seed", "5", "--fresh")],
-                         ids=["trained on", "trained anew"])
-def test_a_stage_whose_teacher_changed_is_not_gone_on_with(tmp_path, change):
+def test_a_stage_whose_teacher_changed_is_not_gone_on_with(tmp_path):
     run = tmp_path / "run"
     for stage in BEFORE["distill"] + ("distill",):
         trained(run, stage, "--steps", "1")
-    trained(run, "pretrain", "--steps", "1", *change)
+    trained(run, "pretrain", "--steps", "1", "--seed", "5", "--fresh")
     changed = f"was started on other weights than {run / 'pretrain'} holds now: use --fresh"
     for stage in ("distill", "flowmap"):
         with pytest.raises(ValueError, match=changed):
@@ -291,16 +288,16 @@ TEACHERS = ("--velocity", "teacher", "--balance", "0.1")
 
 
 @pytest.mark.parametrize("stage, more", [*((stage, ()) for stage in FOLDERS),
-                                         ("flowmap", TEACHERS), ("distill", TEACHERS),
-                                         ("distill", CONSISTENCY),
+                                         ("flowmap", TEACHERS), ("distill", CONSISTENCY),
                                          pytest.param("causal-distill", CONSISTENCY,
                                                       marks=pytest.mark.slow)])
 def test_accumulation_reproduces_the_whole_batch(finished, tmp_path, stage, more):
-    flags, whole = ("--log-every", "1", "--steps", "4", *more), finished / stage
+    steps = 2 if "distill" in stage else 4
+    flags, whole = ("--log-every", "1", "--steps", str(steps), *more), finished / stage
     if more:
         whole = trained(linked(finished, tmp_path / "whole", stage), stage, *flags)
     split = trained(linked(finished, tmp_path / "run", stage), stage, "--micro-batch", "4", *flags)
-    assert len(rows(split)) == 4
+    assert len(rows(split)) == steps
     # A student that starts as its teacher has errors of 1e-5, differences of numbers near 1.
     for a, b in zip(rows(split), rows(whole)):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7 if more == TEACHERS else 0)
@@ -334,11 +331,11 @@ def test_an_added_time_embedding_is_trained_and_kept_by_the_stage_after(finished
         trained(tmp_path / "other", "flowmap", *added, "--base", str(finished / "flowmap"))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_small_global_batches_train(finished, tmp_path, batch):
+def test_a_global_batch_of_one_trains(finished, tmp_path):
+    """Two of the three roles are empty in every update."""
     for stage in ("flowmap", "distill"):
         run = linked(finished, tmp_path / stage, stage)
-        found = rows(trained(run, stage, "--batch-size", str(batch), "--log-every", "1"))
+        found = rows(trained(run, stage, "--batch-size", "1", "--log-every", "1"))
         assert found[-1]["skipped"] == 0
         assert all(value == value for row in found for value in row.values())
 

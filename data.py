@@ -462,10 +462,11 @@ def same_settings(record: Path, now: dict, folder: Path, pattern: str) -> dict:
         raise ValueError(f"{folder} holds {pattern}, and no {record.name} says how they were made: "
                          "give another folder")
     before = cli.read_json(record) if record.exists() else now
-    for name in now:
-        if before.get(name) != now[name]:
+    for name in before | now:
+        if before.get(name) != now.get(name):
             raise ValueError(f"{folder} was begun with {name} = {before.get(name)}, not "
-                             f"{now[name]}: go on with the same settings, or give another folder")
+                             f"{now.get(name)}: go on with the same settings, or give another "
+                             f"folder ({record} keeps them)")
     write_text(record, json.dumps(now, indent=1))
     return now
 

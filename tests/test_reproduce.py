@@ -215,7 +215,7 @@ def test_a_run_with_other_clips_has_a_base_and_is_stale_with_it(tmp_path, monkey
 
 
 def test_records_and_tables_in_the_repository_belong_together(tmp_path, monkeypatch, capsys):
-    """results/README.md is what its records give, none is stale, and its pictures are there."""
+    """results/README.md is what its records give, none is stale; curve and logs are there."""
     results, drawn = claims.RESULTS, ["curve.png"]
     files = sorted(results.glob("*.json"))
     for file in files:

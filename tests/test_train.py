@@ -73,6 +73,7 @@ def test_wans_recipe_is_the_released_one(tmp_path, preset, steps, batch, form):
         if form and stage == "flowmap":
             expected["bidirectional_fraction"] = 0.1
         assert {name: getattr(c, name) for name in expected} == expected
+        assert stage != "distill" or 800 <= c.steps <= 1200
 
 
 @pytest.mark.parametrize("stage", ["flowmap", "causal-distill"])
@@ -118,7 +119,7 @@ def test_a_stage_with_an_added_time_embedding_goes_on(finished, tmp_path):
 
 
 def test_another_seed_other_bits(finished, tmp_path):
-    """The flag arrives; tests/test_updates.py has every draw."""
+    """The flag arrives; tests/test_updates.py has the draws of updates and of fresh weights."""
     other = trained(tmp_path / "run", "pretrain", "--seed", "1", "--steps", "1", "--log-every", "1")
     assert rows(other)[0]["grad_norm"] != rows(finished / "pretrain")[0]["grad_norm"]
 
@@ -288,7 +289,8 @@ TEACHERS = ("--velocity", "teacher", "--balance", "0.1")
 
 
 @pytest.mark.parametrize("stage, more", [*((stage, ()) for stage in FOLDERS),
-                                         ("flowmap", TEACHERS), ("distill", CONSISTENCY),
+                                         ("flowmap", TEACHERS), ("distill", TEACHERS),
+                                         ("distill", CONSISTENCY),
                                          pytest.param("causal-distill", CONSISTENCY,
                                                       marks=pytest.mark.slow)])
 def test_accumulation_reproduces_the_whole_batch(finished, tmp_path, stage, more):

@@ -110,7 +110,7 @@ def teacher_forced(network, x: torch.Tensor, context, chunks, full_chunks: int) 
     return replace(context, cache=cache + clean)
 
 
-EVERYTHING = 10**9           # chunks
+EVERYTHING = 10**9           # a window that cuts nothing
 
 
 def newest(cache: tuple, count: int) -> tuple:

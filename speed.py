@@ -142,7 +142,7 @@ def costs(config: ModelConfig, shape, preset: str, repeats: int, world):
 # --- peers
 
 def theirs(network: FlowMapDiT, chunks=(1,)):
-    """Diffusers' network with the same weights."""
+    """Diffusers' network with the same weights; causal where there are several chunks."""
     import diffusers
     record = {"chunks": list(chunks), "config": {"full_chunks": 3}}
     config = diffusers_config("random weights", network.config, record)

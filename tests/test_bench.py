@@ -102,6 +102,12 @@ def test_what_is_kept_is_counted_exactly():
     assert one["peak"] == sum(one[name] for name in parts)
 
 
+def test_a_plan_does_not_depend_on_those_before():
+    """The first of its size is not charged with what DTensor reckons of whole tensors."""
+    case = replace(TINY, config=replace(SMALLEST, ffn_dim=1016))           # in no other test
+    assert plan.memory(case) == plan.memory(case)
+
+
 def test_traffic_is_that_of_fsdp():
     """Pretrain: every weight gathered in forward and again in backward, every gradient reduced;
     half of each comes from the other process. A second micro-batch gathers again and reduces

@@ -118,14 +118,13 @@ def sync(files) -> None:
     """Flush files to the disk."""
     for file in files:
         if file.is_file():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
+            cli.flush(file)
 
 
 @contextmanager
 def folder_aside(folder: Path):
-    """A folder to write in, which becomes `folder` in one instant, flushed to the disk. A kill
-    leaves old or new, never half."""
+    """A folder to write in, which becomes `folder` in one instant, flushed to the disk: there is no
+    such folder yet, or an empty one. A kill leaves nothing or all of it."""
     aside = aside_of(folder)
     try:
         yield aside
@@ -133,7 +132,6 @@ def folder_aside(folder: Path):
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
@@ -146,8 +144,8 @@ def aside_of(folder: Path) -> Path:
 
 
 def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counters: dict,
-                    world: World, keep: int = 2) -> None:
-    """Write checkpoints/STEP after `step` updates; the newest `keep` stay. Every rank must call it,
+                    world: World) -> None:
+    """Write checkpoints/STEP after `step` updates; the newest two stay. Every rank must call it,
     and writes its shards. Raises OSError, on every rank, when the disk is full or cannot be
     written; the checkpoints before are kept."""
     folder = stage / "checkpoints" / f"{step:08d}"
@@ -173,7 +171,7 @@ def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counter
     sums = together(lambda: flushed_sums(own))       # nobody waits for a rank that has failed
     sums = merge_over_ranks(sums, world)
     state = {"step": step, **counters, "sha256": dict(sorted(sums.items()))}
-    together(lambda: world.is_main and publish(aside, folder, state, keep))
+    together(lambda: world.is_main and publish(aside, folder, state))
 
 
 def write_shards(aside: Path, parts: dict[str, Trainable]) -> None:
@@ -195,14 +193,14 @@ def flushed_sums(files: list[Path]) -> dict[str, str]:
     return {file.name: checksum(file) for file in files}
 
 
-def publish(aside: Path, folder: Path, state: dict, keep: int) -> None:
+def publish(aside: Path, folder: Path, state: dict) -> None:
     """The last file of a checkpoint, which says that it is complete; its name; old ones go."""
     text = json.dumps(state | {"own_sha256": json_checksum(state)})
     (aside / "state.json").write_text(text)
     sync([aside / "state.json"])
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
-    for old in [*checkpoints(folder.parent.parent)[:-keep], *folder.parent.glob("*.partial")]:
+    for old in [*checkpoints(folder.parent.parent)[:-2], *folder.parent.glob("*.partial")]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -274,25 +272,25 @@ def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool,
     metadata = {"model_config": json.dumps(asdict(config))}
     if adapter:
         metadata["adapter"] = json.dumps(adapter)
-    makers = {name: (x.shape, x.dtype, partial(whole, x)) for name, x in weights.items()}
     if not is_main:
         for tensor in weights.values():
             whole(tensor)
         return
     with cli.written_aside(stage / "model.safetensors") as aside:
-        write_tensors(aside, makers, metadata)
+        write_tensors(aside, weights, metadata)
 
 
 OWN_SUM, NO_SUM = "own_sha256", b"0" * 64
 
 
-def write_tensors(path: Path, tensors: dict, metadata: dict) -> None:
-    """A safetensors file written one tensor at a time: each is (shape, dtype, what makes it). The
-    header holds the SHA-256 of the file as it is with NO_SUM in its place."""
+def write_tensors(path: Path, tensors: Mapping, metadata: dict) -> None:
+    """A safetensors file written one tensor at a time, sharded ones gathered. Each is asked for
+    twice (`Tensors`). The header holds the SHA-256 of the file as it is with NO_SUM in its place.
+    """
     header, end = {"__metadata__": {OWN_SUM: NO_SUM.decode(), **metadata}}, 0
-    for name, (shape, dtype, _) in tensors.items():
-        start, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": dtype_name(dtype), "shape": list(shape),
+    for name, x in tensors.items():
+        start, end = end, end + x.numel() * x.dtype.itemsize
+        header[name] = {"dtype": dtype_name(x.dtype), "shape": list(x.shape),
                         "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -300,17 +298,12 @@ def write_tensors(path: Path, tensors: dict, metadata: dict) -> None:
     found = hashlib.sha256(text)
     with open(path, "wb") as file:
         file.write(text)
-        for _, _, make in tensors.values():
-            piece = make().contiguous().view(-1).view(torch.uint8).numpy().data
+        for x in tensors.values():
+            piece = whole(x).view(-1).view(torch.uint8).numpy().data
             file.write(piece)
             found.update(piece)
         file.seek(text.index(NO_SUM))
         file.write(found.hexdigest().encode())
-
-
-def as_they_are(tensors: dict) -> dict:
-    """Tensors in memory, for write_tensors."""
-    return {name: (x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()}
 
 
 def recorded_sum(path: Path) -> str:

@@ -123,6 +123,12 @@ def read_json(path: Path, kind=dict):
     return found
 
 
+def flush(file: Path) -> None:
+    """To the disk. Raises OSError where that is full: a network disk may say so only here."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
 @contextmanager
 def written_aside(path: Path):
     """Another name, to write `path` under, which appears whole or not at all: what fails or is
@@ -131,8 +137,7 @@ def written_aside(path: Path):
     aside = path.with_stem(f"{path.stem}.partial")
     try:
         yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())                  # a full network disk may say so only here
+        flush(aside)
         if not aside.stat().st_size:
             raise OSError(f"{path}: nothing could be written; is the disk full?")
         aside.replace(path)

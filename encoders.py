@@ -9,33 +9,32 @@ import html
 import importlib
 import re
 import zlib
+from dataclasses import dataclass
 from difflib import get_close_matches
-from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 PATCH = 2, 4, 4              # frames, rows, columns
 
 
+@dataclass
 class PatchPCA:
     """Stand-in for a video autoencoder: each patch of pixels (P = 2 x 4 x 4 x 3 = 96 values) is
     projected to C principal components. They keep their decaying variances; one scale makes the
     latents' variance 1."""
+    mean: torch.Tensor                                           # (P,)
+    basis: torch.Tensor                                          # (P, C)
+    scale: torch.Tensor                                          # ()
     fps = 8                                                      # of the networks' clips
     pixels = PATCH[1]                                            # of a latent, each way
-
-    def __init__(self, mean, basis, scale):
-        self.mean, self.basis, self.scale = mean, basis, scale   # (P,), (P, C), ()
 
     @classmethod
     def fit(cls, video, channels: int = 48) -> "PatchPCA":
         """Fits video (B, T, 3, H, W), or a function that gives it in parts, each time it is called.
-        ValueError if the patch does not divide it or C > P."""
-        if not 1 <= channels <= 3 * prod(PATCH):
-            raise ValueError(f"channels must be 1 to {3 * prod(PATCH)}, the values of a patch, not "
-                             f"{channels}")
+        ValueError if the patch does not divide it."""
         def patches():
             for part in video() if callable(video) else [video]:
                 yield split_patches(part).flatten(0, 3).double()                   # (patches, P)
@@ -60,10 +59,9 @@ class PatchPCA:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, F, C, h, w) -> (B, T, 3, H, W), clamped to [-1, 1]."""
         z = latents.float().permute(0, 1, 3, 4, 2) * self.scale
-        x = z @ self.basis.T + self.mean                                  # (B, F, h, w, P)
-        x = x.unflatten(4, (PATCH[0], 3, *PATCH[1:]))                     # (B, F, h, w, 2, 3, 4, 4)
-        x = x.permute(0, 1, 4, 5, 2, 6, 3, 7)                             # (B, F, 2, 3, h, 4, w, 4)
-        return x.flatten(6, 7).flatten(4, 5).flatten(1, 2).clamp(-1, 1)
+        x = z @ self.basis.T + self.mean                         # (B, F, h, w, P)
+        x = pixel_shuffle(x.movedim(4, 2), PATCH[1])             # (B, F, 2 * 3, H, W)
+        return x.unflatten(2, (PATCH[0], 3)).flatten(1, 2).clamp(-1, 1)
 
     def frames(self, latents: int) -> int:
         """Pixel frames of so many latent frames."""
@@ -72,13 +70,6 @@ class PatchPCA:
     def decoder(self):
         """A function that decodes the chunks of a video one after the other."""
         return self.decode
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"mean": self.mean, "basis": self.basis, "scale": self.scale}
-
-    @classmethod
-    def from_state(cls, state: dict[str, torch.Tensor]) -> "PatchPCA":
-        return cls(state["mean"], state["basis"], state["scale"])
 
 
 def check_sides(*sides: int) -> None:
@@ -90,10 +81,8 @@ def check_sides(*sides: int) -> None:
 def split_patches(video: torch.Tensor) -> torch.Tensor:
     """(B, T, 3, H, W) -> (B, F, h, w, P), P in the order frame, colour, row, column."""
     check_sides(video.shape[1], *video.shape[3:])
-    t, p, q = PATCH
-    x = video.unflatten(4, (-1, q)).unflatten(3, (-1, p)).unflatten(1, (-1, t))
-    # x: (B, F, t, 3, h, p, w, q)
-    return x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4)
+    x = video.unflatten(1, (-1, PATCH[0])).flatten(2, 3)         # (B, F, 2 * 3, H, W)
+    return pixel_unshuffle(x, PATCH[1]).movedim(2, 4).contiguous()
 
 
 def in_parts(dataset, count: int, seed: int, values: int = 2**24):

@@ -42,11 +42,7 @@ class LowRank(nn.Module):
 
 def add_adapter(network: nn.Module, name: str, rank: int, alpha: float, without=()) -> None:
     """Give a FlowMapDiT an adapter, its tensors uninitialised. without: parts that it leaves as
-    they are, see SCORE. Raises ValueError for a name that is taken or a rank below 1."""
-    if rank < 1:
-        raise ValueError(f"an adapter of rank {rank}: must be at least 1")
-    if any(f".adapters.{name}." in key for key, _ in network.named_parameters()):
-        raise ValueError(f"there is an adapter {name!r} already")
+    they are, see SCORE."""
     for path, module in list(network.named_modules()):
         if path.startswith(tuple(without)):
             continue

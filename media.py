@@ -184,7 +184,8 @@ def write_mp4(path: Path, frames, fps: float) -> None:
     height, width = first.shape[:2]
     command = [get_ffmpeg_exe(), "-y", "-loglevel", "error", "-xerror",
                "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps),
-               "-i", "-", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", str(path)]
+               "-i", "-", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p",
+               f"file:{path}"]
     # In a session of its own: Ctrl-C is for this process, which then ends ffmpeg.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
                           start_new_session=True) as ffmpeg:

@@ -184,13 +184,7 @@ def find_adapters(c: Config, origins: dict) -> tuple[str, dict]:
     before, or fresh ones (tensors None)."""
     place = origins["student"]
     own = None if c.base else checkpoint.load_model(place)[2]
-    base = own["base"] if own else place
-    if not Path(base).exists():
-        raise ValueError(f"{place} adapts the weights {base}, which are not there: put them, or a "
-                         "link to them, there again")
-    if own and own.get("base_sha256", "") not in ("", wan.fingerprint(base)):
-        raise ValueError(f"{place} adapts other weights than {base} holds now: train it anew with "
-                         "--fresh")
+    base = wan.base_of(place, own) if own else place
     adapters = {"student": (None, place) if c.base else adapter_of(c, place, base)}
     if runs.needs_teacher(c):
         teacher = adapter_of(c, origins["teacher"], base)

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import time
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -258,9 +257,9 @@ def fit_to(source, config, origin: str, c: Config) -> None:
 def read_codec(file: Path) -> encoders.PatchPCA:
     """Raises ValueError for a damaged file."""
     try:
-        return encoders.PatchPCA.from_state(checkpoint.read_tensors(file))
-    except KeyError as error:
-        raise ValueError(f"{file}: has no {error}, and is not a codec of the toy sets") from None
+        return encoders.PatchPCA(**checkpoint.read_tensors(file))
+    except TypeError as error:
+        raise ValueError(f"{file}: is not a codec of the toy sets ({error})") from None
 
 
 @contextmanager
@@ -285,8 +284,7 @@ def prepared(c: Config, source, fresh: bool, world):
                     entry.unlink()
         if world.is_main and own_codec and not (stage / CODEC).exists():
             with cli.written_aside(stage / CODEC) as aside:
-                state = checkpoint.as_they_are(source.codec.state())
-                checkpoint.write_tensors(aside, state, {})
+                checkpoint.write_tensors(aside, vars(source.codec), {})
         distributed.barrier(world)
         if own_codec:
             source.codec = read_codec(stage / CODEC)
@@ -371,7 +369,6 @@ def ship(run, causal_run, to) -> None:
         data.write_text(target / "config.json", json.dumps(found, indent=1))
 
 
-@cache
 def git_revision() -> str:
     """The commit that ran, with '+' when files differ; 'unknown' outside a git checkout."""
     describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]

@@ -248,7 +248,8 @@ def write_clips(args, stage, world, pipeline, captions, seeds, grid, options: di
     if args.vbench:
         args.out.mkdir(parents=True, exist_ok=True)
         now = made_by(args, stage, pipeline, captions, seeds, grid, options)
-        beside = args.out.with_name(f"{args.out.name}.made_by.json")     # VBench opens all inside
+        out = args.out.resolve()                     # "." has no name
+        beside = out.with_name(f"{out.name}.made_by.json")               # VBench opens all inside
         data.same_settings(beside, now, args.out, "*.mp4")
     todo = [i for i in range(world.rank, len(paths), world.size)
             if not (args.vbench and paths[i].exists())]

@@ -5,7 +5,6 @@ Videos are float32 (B, T, 3, H, W) in [-1, 1], black is -1. Positions are (x, y)
 upper left corner, y pointing down. Every clip is a pure function of (seed, index): nothing advances
 a hidden state, so a resumed run and any split of the indices over processes see the same clips.
 """
-import difflib
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -19,10 +18,6 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 DIGITS = "zero one two three four five six seven eight nine".split()
 PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32)         # (4, 3)
 HEADINGS = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)     # (4, 2)
-
-
-def nearest_word(word: str, known: list[str]) -> str:
-    return (difflib.get_close_matches(word, known, n=1, cutoff=0) or ["none"])[0]
 
 
 # Shared by the sets: random draws, captions, straight-line motion, and measuring a clip.
@@ -43,13 +38,9 @@ def choose(captions: list[str], draws: torch.Tensor, wanted: list[str] | None) -
 
 
 def caption_labels(captions, known: list[str], attributes: dict) -> dict[str, torch.Tensor]:
-    """Attribute values of captions, {attribute: (B,) long}; `known` are all captions, in order."""
-    place = {caption: i for i, caption in enumerate(known)}
-    for caption in captions:
-        if caption not in place:
-            raise ValueError(f"unknown caption {caption!r}; the nearest known one is "
-                             f"{nearest_word(caption, known)!r}")
-    flat = torch.tensor([place[caption] for caption in captions], dtype=torch.long)
+    """Attribute values of captions, {attribute: (B,) long}; `known` are all captions, in order.
+    Raises ValueError for another one."""
+    flat = torch.tensor([known.index(caption) for caption in captions], dtype=torch.long)
     sizes = [len(values) for values in attributes.values()]
     return dict(zip(attributes, torch.unravel_index(flat, sizes)))
 

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import cli
-from config import finished, record_of
+from config import RELEASED_CHUNKS, finished, record_of
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -229,9 +229,6 @@ def read_json(file: Path) -> dict:
     return cli.read_json(file) if file.exists() else {}
 
 
-RELEASED_CHUNKS = [1, 3, 3, 3, 3, 3, 3, 2]       # of AnyFlow-FAR, 21 latent frames
-
-
 def read_record(path, config: ModelConfig, frames: int = 21, chunks=None) -> dict:
     """What a stage's config.json would say of weights that were not trained here: "chunks", one of
     so many latent frames for networks of whole clips, and the "config" of sampling. What no file
@@ -243,7 +240,7 @@ def read_record(path, config: ModelConfig, frames: int = 21, chunks=None) -> dic
     settings = {"shift": shift, "guidance": 5.0, "full_chunks": 0}
     if config.compressed:
         settings["full_chunks"] = own.get("full_chunk_limit", 3)
-        chunks = chunks or own.get("chunk_partition") or RELEASED_CHUNKS
+        chunks = chunks or own.get("chunk_partition") or cli.positive_ints(RELEASED_CHUNKS)
     return {"chunks": list(chunks or [frames]), "config": settings}
 
 
@@ -280,24 +277,32 @@ def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
     config, tensors, adapter = checkpoint.load_model(path)
     if not adapter:
         return config, tensors, None
-    places = [place for place in (adapter["base"], base) if place and Path(place).exists()]
-    if not places:
-        raise ValueError(f"{path} adapts the weights {adapter['base']}, which are not there: give "
-                         f"their folder with --base")
-    if adapter.get("base_sha256", "") not in ("", fingerprint(places[0])):
-        raise ValueError(f"{path} adapts other weights than {places[0]} holds now: put those there "
-                         f"again, or train the stage anew with --fresh")
+    place = base_of(path, adapter, base)
     adapter["tensors"] = tensors
-    below, state, first = load_apart(places[0], None if places[0] == base else base)
+    below, state, first = load_apart(place, None if place == base else base)
     _, state = as_asked(below, state, config.second_time, config.compressed)
     return config, state, stacked(first, adapter) if first else adapter
+
+
+def base_of(stage, adapter: dict, other=None):
+    """Where the weights are that a stage's adapter adapts: where they were, or else at `other`.
+    Raises ValueError for those that are not there, or have changed."""
+    places = [place for place in (adapter["base"], other) if place and Path(place).exists()]
+    if not places:
+        raise ValueError(f"{stage} adapts the weights {adapter['base']}, which are not there: put "
+                         "them, or a link to them, there again (where nothing is trained --base "
+                         "may name them)")
+    if adapter.get("base_sha256", "") not in ("", fingerprint(places[0])):
+        raise ValueError(f"{stage} adapts other weights than {places[0]} holds now: put those "
+                         "there again, or train the stage anew with --fresh")
+    return places[0]
 
 
 def stacked(first: dict, second: dict) -> dict:
     """One adapter (`load_apart`) in place of `second` on a base with `first`: merged, they would be
     lost in bf16 weights."""
     tensors = first["tensors"]
-    if "r_embed.up.down" in second["tensors"] and "r_embed.up.down" not in tensors:
+    if "r_embed.up.down" in second["tensors"]:
         tensors = as_flow_map(tensors)
     rank, scale = first["rank"] + second["rank"], second["alpha"] / second["rank"]
     ratio = first["alpha"] / first["rank"] / scale
@@ -311,7 +316,7 @@ def as_asked(config: ModelConfig, state: Tensors, second_time: bool | None,
     `load` says."""
     second_time = config.second_time if second_time is None else second_time
     compressed = config.compressed if compressed is None else compressed
-    if second_time and not config.second_time:
+    if second_time:
         state = as_flow_map(state)
     if compressed and not config.compressed:
         state = as_causal(state)
@@ -380,12 +385,12 @@ def config_of(path, shapes: dict, layout: str, record: dict) -> ModelConfig:
 
 
 def as_flow_map(state: Mapping) -> Tensors:
-    """A plain teacher's tensors with the second time embedder added, a copy of the first: at r = t
-    the network is the teacher exactly, whatever the gate."""
+    """Tensors of a network, or adapter, with a second time embedder, which is a copy of the first
+    where there is none: at r = t the network is the teacher exactly, whatever the gate."""
     makers = {name: partial(state.__getitem__, name) for name in state}
     for name in state:
         if name.startswith("time_embed."):
-            makers[name.replace("time_embed.", "r_embed.")] = makers[name]
+            makers.setdefault(name.replace("time_embed.", "r_embed."), makers[name])
     return Tensors(makers)
 
 
@@ -409,7 +414,7 @@ def moved_down(base: Tensors, adapter: Tensors, flow_map: bool) -> tuple[Tensors
     makers = adapter.makers
     replaced = {name: make for name, make in makers.items() if name.startswith(lora.REPLACED)}
     adapter = Tensors({name: make for name, make in makers.items() if name not in replaced})
-    if flow_map and "r_embed.up.down" not in adapter:
+    if flow_map:
         adapter = as_flow_map(adapter)
     return Tensors(base.makers | replaced), adapter
 
@@ -417,7 +422,7 @@ def moved_down(base: Tensors, adapter: Tensors, flow_map: bool) -> tuple[Tensors
 def complete(adapter: Tensors, config: ModelConfig, base: Tensors) -> Tensors:
     """An adapter's tensors for a network of `config`: that of the second time embedder starts as a
     copy of the first's, the compressed patch embedding as that of the tensors `base`."""
-    if config.second_time and "r_embed.up.down" not in adapter:
+    if config.second_time:
         adapter = as_flow_map(adapter)
     if config.compressed and "far_patch_embed.weight" not in adapter:
         names = [f"far_patch_embed.{part}" for part in ("weight", "bias")]
@@ -490,13 +495,10 @@ def write_pipeline(folder: Path, config: dict, state: Tensors, shift: float, bas
             target = encoders.part_of(base, name).resolve()
             (folder / name).symlink_to(target, target_is_directory=True)
 
-    tensors = {}
-    for name, tensor in state.items():           # read twice, but never held together
-        read = partial(state.__getitem__, name)
-        tensors[their_name(name, "diffusers")] = (tensor.shape, tensor.dtype, read)
+    theirs = {their_name(name, "diffusers"): make for name, make in state.makers.items()}
     (folder / "transformer").mkdir()
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    checkpoint.write_tensors(file, tensors, {"format": "pt"})
+    checkpoint.write_tensors(file, Tensors(theirs), {"format": "pt"})
     (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=1))
 
     scheduler = {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000,
@@ -530,7 +532,7 @@ def export_adapter(stage, to) -> Path:
         else:
             state[f"transformer.{path}.lora_B.weight"] = tensor * scale
     with cli.written_aside(to) as aside:
-        checkpoint.write_tensors(aside, checkpoint.as_they_are(state), {"format": "pt"})
+        checkpoint.write_tensors(aside, state, {"format": "pt"})
     return to
 
 

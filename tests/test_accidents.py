@@ -117,7 +117,7 @@ def test_too_little_memory_is_said_and_a_bug_is_not_hidden(finished, tmp_path, m
     assert not [*tmp_path.iterdir()]
 
 
-def test_clips_of_other_settings_do_not_stand_for_these(finished, tmp_path, capsys):
+def test_clips_of_other_settings_do_not_stand_for_these(finished, tmp_path, capsys, monkeypatch):
     def argv(*flags):
         return ["--run-dir", str(finished), "--prompt", "a red circle moving left", "--vbench",
                 "--out", str(tmp_path / "clips"), *flags]
@@ -129,7 +129,9 @@ def test_clips_of_other_settings_do_not_stand_for_these(finished, tmp_path, caps
                              (["--steps", "1", "--stage", "flowmap"], "distill", "flowmap")):
         code, line = ended(sample, argv(*flags), capsys)
         assert code == 2 and then in line and now in line and "another folder" in line
-    sample.main(argv("--steps", "1"))                # goes on: nothing is left to do
+    monkeypatch.chdir(clip.parent)
+    for same in ([], ["--out", "."]):                # goes on: nothing is left to do
+        sample.main(argv("--steps", "1", *same))
     assert clip.stat().st_mtime_ns == before
     (tmp_path / "clips.made_by.json").unlink()
     assert "clips.made_by.json" in ended(sample, argv("--steps", "1"), capsys)[1]
@@ -234,11 +236,12 @@ def test_a_finished_stage_is_not_trained_over(copied, capsys, gone):
                                    ["--data", "shards"]])
 def test_fresh_deletes_nothing_before_all_is_in_order(copied, monkeypatch, capsys, flags):
     monkeypatch.chdir(copied.parent)
-    writer = data.ShardWriter("shards", {})
-    bad = torch.full((4, 48, 4, 4), torch.nan)
-    for i, latents in enumerate([torch.zeros(4, 48, 4, 4), *[bad] * 7]):
-        writer.add(f"{i}", "a red box", latents=latents, text=torch.zeros(3, 64))
+    writer = data.ShardWriter("shards", {}, clips_per_shard=1)
+    for i in range(8):
+        writer.add(f"{i}", "a red box", latents=torch.zeros(4, 48, 4, 4), text=torch.zeros(3, 64))
     writer.close(torch.zeros(3, 64))
+    for shard in sorted(Path("shards").glob("part-*.safetensors"))[1:]:
+        flip(shard)
     stage = copied / "pretrain"
     before = {file: file.read_bytes() for file in stage.rglob("*") if file.is_file()}
     assert ended(train, flags_of(copied, "pretrain", "--fresh", *flags), capsys)[0] == 2

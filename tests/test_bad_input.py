@@ -132,8 +132,7 @@ def make_newer(stage: Path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         config = json.loads(file.metadata()["model_config"]) | {"flux_capacitor": 1.21}
     with cli.written_aside(stage / "model.safetensors") as aside:        # the tensors are its pages
-        checkpoint.write_tensors(aside, checkpoint.as_they_are(tensors),
-                                 {"model_config": json.dumps(config)})
+        checkpoint.write_tensors(aside, tensors, {"model_config": json.dumps(config)})
 
 
 def cut(file: Path):
@@ -199,7 +198,7 @@ CASES = [
     ("train", [*TINY, "--device", "cuda"], "device cuda", "--device cpu"),
     ("train", [*TINY, "--micro-batch", "3"], "--batch-size 8", "not a multiple of 3"),
     # train: data
-    ("train", [*TINY, "--data", "shape"], "--data shape", "nearest: shapes"),
+    ("train", [*TINY, "--data", "shape"], "--data shape", "did you mean shapes?"),
     ("train", [*TINY, "--data", "empty"], "empty", "a caption in NAME.txt"),
     ("train", [*TINY, "--data", "silent"], "silent", "a caption in NAME.txt"),
     ("train", [*TINY, "--data", "short"], "short", "at least 8 frames"),
@@ -417,5 +416,5 @@ def test_as_a_command(folder):
     out = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", "shape"], cwd=folder,
                          capture_output=True, text=True, timeout=120)
     assert out.returncode == 2 and out.stderr.count("\n") == 1
-    assert "train.py: error: --data shape" in out.stderr and "nearest: shapes" in out.stderr
+    assert "train.py: error: --data shape" in out.stderr and "mean shapes?" in out.stderr
     assert listing(folder) == before

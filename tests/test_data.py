@@ -1,5 +1,6 @@
 """data.py, toys.py, media.py, stand-ins: clips are functions of (seed, index) and can be read back;
 videos and pictures are what a person sees; shards hold what was written or say so."""
+import errno
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import threading
 import time
 from math import prod
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -15,7 +17,6 @@ import pytest
 import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import data as data_module
@@ -109,7 +110,7 @@ def test_captions_cover_the_attributes_and_can_be_chosen(name):
     drawn = data.clips(range(1000))[1]
     assert set(drawn) == set(data.captions)                      # all are drawn ...
     assert max(map(drawn.count, set(drawn))) < 3 * 1000 / count  # ... about evenly
-    with pytest.raises(ValueError, match="nearest known"):
+    with pytest.raises(ValueError, match="is not in list"):
         data.clips([0], captions=[data.captions[0] + "s"])
     with pytest.raises(ValueError, match="one for each"):
         data.clips([0, 1], captions=data.captions[:1])
@@ -131,7 +132,7 @@ def test_a_shape_stays_inside_and_travels_the_same_share_of_the_picture(frames, 
 
 def test_unknown_data_set():
     names = ", ".join(SETS)
-    with pytest.raises(ValueError, match=rf"choose {names} \(nearest: shapes"):
+    with pytest.raises(ValueError, match=rf"choose {names} .*; did you mean shapes\?"):
         open_data("shape")
     with pytest.raises(ValueError, match="size >= 8"):
         open_data("shapes", size=4)
@@ -155,8 +156,7 @@ def test_patch_pca_keeps_the_picture_and_its_spectrum():
     full = PatchPCA.fit(train, channels=96)                      # all components: nothing is lost
     assert torch.allclose(full.decode(full.encode(test)), test, atol=1e-3)
     assert pca.decode(z * 100).abs().max() <= 1
-    assert all(x.is_contiguous() for x in pca.state().values())  # safetensors asks for that
-    again = PatchPCA.from_state(pca.state())
+    again = PatchPCA(**vars(pca))
     assert torch.equal(again.encode(test), pca.encode(test))
     assert torch.equal(PatchPCA.fit(train).basis, pca.basis)
     peak = pca.basis.gather(0, pca.basis.abs().argmax(0, keepdim=True))
@@ -197,8 +197,6 @@ def test_a_size_without_patches_is_refused_before_decoding(tmp_path, monkeypatch
 def test_patch_pca_errors():
     with pytest.raises(ValueError, match="divisible"):
         PatchPCA.fit(torch.zeros(1, 7, 3, 16, 16))
-    with pytest.raises(ValueError, match="1 to 96"):
-        PatchPCA.fit(torch.zeros(1, 8, 3, 16, 16), channels=97)
 
 
 def test_words():
@@ -654,19 +652,17 @@ def test_a_flipped_bit_is_noticed_when_the_clip_is_drawn(tmp_path):
         Shards(folder)
 
 
-def test_clips_that_are_not_finite_are_named(tmp_path):
-    writer = ShardWriter(tmp_path, {})
-    for i, value in enumerate((0.0, torch.nan, torch.inf)):
-        writer.add(f"clip {i}", "a box", latents=torch.full((2, 4, 2, 2), value),
-                   text=torch.zeros(3, 8))
-    writer.close(torch.zeros(3, 8))
-    found, good = Shards(tmp_path), 0
-    for i in range(3):
-        try:
-            good += len(found.draw([i])[0])
-        except ValueError as error:
-            assert "latents of clip 'clip " in str(error) and "not finite" in str(error)
-    assert good == 1
+def test_a_clip_that_is_not_finite_is_named_and_left_out(tmp_path):
+    writer, latents, text = ShardWriter(tmp_path, {}), torch.zeros(2, 4, 2, 2), torch.zeros(3, 8)
+    for bad in (torch.nan, torch.inf, 1e38):                     # the last one as float16
+        latents[1, 2, 0, 0] = bad
+        with pytest.raises(ValueError, match="clip 0: its latents are no finite .*float16"):
+            writer.add("clip 0", "a box", latents=latents.half(), text=text)
+        with pytest.raises(ValueError, match="clip 0: its text are no finite"):
+            writer.add("clip 0", "a box", latents=torch.zeros(2, 4, 2, 2), text=text + torch.nan)
+    writer.add("clip 1", "a box", latents=torch.zeros(2, 4, 2, 2), text=text)
+    writer.close(text)
+    assert writer.done == {"clip 1"} and len(Shards(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "null_text.safetensors", "made_by.json",
@@ -691,12 +687,12 @@ def test_what_is_written_can_be_read_by_others(tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
-    def full(tensors, file, metadata):
-        file.write_bytes(b"half")
-        raise SafetensorError("No space left on device")
+    def full(file, content):
+        file.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, "save_file", full)
-        with pytest.raises(OSError, match="cannot write .*part-0-of-1.*No space left"):
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left.*part-0-of-1"):
             write_shards(tmp_path / "shards")
     assert [file.name for file in (tmp_path / "shards").iterdir()] == ["made_by.json"]
     assert_whole(write_shards(tmp_path / "shards"))

@@ -139,10 +139,6 @@ def test_a_fresh_adapter_changes_nothing_and_is_a_function_of_its_seed(shared):
             assert 0.9 < tensor.abs().max() * tensor.shape[1] ** 0.5 <= 1
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
-    with pytest.raises(ValueError, match="'new' already"):
-        lora.add_adapter(net, "new", RANK, ALPHA)
-    with pytest.raises(ValueError, match="rank 0"):
-        lora.add_adapter(net, "zero", 0, ALPHA)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -230,7 +226,7 @@ def test_a_run_of_adapters_from_base_to_clip(tmp_path):
         return pipeline.generate(net, ["a red circle moving left"], [0], [1.0, 0.0])
     expected = clip()
     moved = base.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="which are not there: give their folder with --base"):
+    with pytest.raises(ValueError, match="not there: put them, or a link to them, there again .*--base"):
         wan.load(stage)
     with pytest.raises(ValueError, match="adapts the weights .*not there: put them, or a link"):
         run("distill", "--fresh")

@@ -5,6 +5,7 @@ import json
 import shutil
 import statistics
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
@@ -81,6 +82,13 @@ def test_clips_are_written(finished, tmp_path, name):
         file = tmp_path / "deep" / name.replace("clip", f"clip-{i:03d}")
         assert iio.imread(file).shape == expected
     assert iio.imread(sheet).shape == (108, 432, 3)
+
+
+@pytest.mark.parametrize("name", ["night: rain.mp4", "-rain.mp4"])
+def test_a_name_is_neither_an_address_nor_a_flag_of_ffmpeg(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    media.write_clip(Path(name), torch.zeros(3, 3, 16, 16), 8)
+    assert len(iio.imread(tmp_path / name)) == 3
 
 
 def test_a_stream_is_the_clip_piece_by_piece(causal):

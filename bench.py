@@ -1,6 +1,5 @@
 """Speed and memory:
 
-    python bench.py write    cost of appending a finished chunk to the cache of a long video
     python bench.py plan --preset wan-14b --gpus 8
                              memory a GPU and traffic an update, simulated (plan.py)
     python bench.py check    the simulation against the measured memory of small networks
@@ -8,10 +7,8 @@
                              arithmetic of an update, of what it needs, and of others (flops.py)
     python bench.py gpu      what a GPU makes of it: seconds, share of its peak, memory (speed.py)
     python bench.py peers    against Diffusers' networks of the same weights
-    python bench.py costs    what an update of each kind costs beside a plainer one
-
-`write`: attention of a compressed chunk to all compressed chunks before it grows with the video;
---window bounds it.
+    python bench.py costs    an update of each kind beside a plainer one, a late chunk of a stream
+                             beside an early one
 """
 import argparse
 import json
@@ -24,7 +21,7 @@ from itertools import product
 import cli
 from config import STAGES, Config, chunks_of, recipe
 
-MEASURES = ("write", "plan", "check", "flops", "peers", "costs", "gpu")
+MEASURES = ("plan", "check", "flops", "peers", "costs", "gpu")
 # Height and width of the latents.
 SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52),
          "wan-14b": (60, 104)}
@@ -35,20 +32,14 @@ def parse_args(argv=None) -> argparse.Namespace:
                         "python bench.py plan --preset wan-14b --causal --gpus 8")
     add = parser.add_argument
     add("what", type=cli.choice(MEASURES),
-        help="write: cost of appending a chunk; plan: memory and traffic of training, simulated; "
-        "check: the simulation against measurement; flops: arithmetic of training; peers: against "
-        "Diffusers' networks; costs: of updates, as ratios; gpu: what this machine's GPU does")
+        help="plan: memory and traffic of training, simulated; check: the simulation against "
+        "measurement; flops: arithmetic of training; peers: against Diffusers' networks; costs: of "
+        "updates and late chunks, as ratios; gpu: what this machine's GPU does")
     add("--preset", type=cli.choice(tuple(SIZES)), default="toy", metavar="NAME",
         help="size of the network (default toy)")
-    add("--chunk-frames", type=int, least=1, default=3,
-        help="write: latent frames of a chunk (default 3)")
-    add("--full-chunks", type=int, default=3,
-        help="write: full chunks, the newest included (default 3)")
-    add("--window", type=int, default=0, help="write: past chunks that are kept (default 0: all)")
-    add("--repeats", type=int, least=1, default=5,
-        help="write, peers, costs: runs; write: the fastest of each chunk counts (default 5)")
+    add("--repeats", type=int, least=1, default=5, help="peers, costs: runs (default 5)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
-        help="write, costs, gpu: auto, cpu or cuda (default auto)")
+        help="costs, gpu: auto, cpu or cuda (default auto)")
     add("--gpus", type=int, least=1, default=8, help="plan: processes (default 8)")
     add("--memory", type=int, least=1, default=80,
         help="plan: GB (10^9 bytes) of a GPU, to say what fits (default 80)")
@@ -242,21 +233,8 @@ def costs_main(args) -> None:
     shape = (4, channels, *SIZES[args.preset])
     for what, ratio in speed.costs(config, shape, args.preset, args.repeats, world):
         print(f"{ratio:6.2f} x  {what}", flush=True)
-
-
-def write_main(args) -> None:
-    world = distributed.start(args.device)
-    config = replace(PRESETS[args.preset], compressed=args.full_chunks > 0)
-    runs = [speed.write_cost(config, SIZES[args.preset], args.chunk_frames, args.full_chunks,
-                             args.window, 64, world.device) for _ in range(args.repeats)]
-    best = [min(costs) for costs in zip(*runs)]
-    for number in (1, 2, 4, 8, 16, 32, 48, 64):
-        seconds, dense = best[number - 1]
-        print(f"chunk {number:2}: {1000 * seconds:8.2f} ms, {dense / 1e9:.4f} GFLOP outside "
-              "attention")
-    early, late = (sum(seconds for seconds, _ in best[n - 2:n + 2]) / 4 for n in (8, 62))
-    print(f"the 64th against the 8th: {late / early:.2f} x in time (means of four), "
-          f"{best[63][1] / best[7][1]:.2f} x in arithmetic outside attention")
+    for what, ratio in speed.late_chunks(args.repeats, world.device):
+        print(f"{ratio:6.2f} x  {what}", flush=True)
 
 
 def main(argv=None) -> None:
@@ -269,7 +247,7 @@ def main(argv=None) -> None:
     WHAT[args.what](args)
 
 
-WHAT = {"write": write_main, "plan": plan_main, "check": check_main, "flops": flops_main,
+WHAT = {"plan": plan_main, "check": check_main, "flops": flops_main,
         "peers": peers_main, "costs": costs_main, "gpu": gpu_main}       # by name in MEASURES
 
 

@@ -231,13 +231,9 @@ def place(name: str, seed: int) -> Path:
 
 
 def said(run: Run) -> str:
-    """Its flags of train.py, of one that is given twice the last."""
-    flags, flag = {"--stage": run.stage}, ""
-    for word in run.flags.split():
-        flag = word if word.startswith("--") else flag
-        flags[flag] = "" if word == flag else word
-    flags |= {"--base": run.after} if run.anew else {}
-    return " ".join(f"{flag} {value}".strip() for flag, value in flags.items())
+    """Its flags of train.py."""
+    base = f" --base {run.after}" if run.anew else ""
+    return f"--stage {run.stage} {run.flags}".strip() + base
 
 
 @cache

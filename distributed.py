@@ -49,6 +49,8 @@ def start(device: str = "auto", deterministic: bool = False) -> World:
     torch.use_deterministic_algorithms(deterministic)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if picked.type == "cuda":
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:          # FSDP's streams fragment memory
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(picked)
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}

@@ -9,7 +9,7 @@ prompts is not saved). Figures are means of a clip.
 """
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -40,19 +40,15 @@ class Flops(TorchDispatchMode):
         super().__init__()
         self.found, self.labels = Counter(), []
 
-    def labelled(self, owner, name: str, label: str):
-        """A context in which what owner's function `name` does has a label."""
-        true = owner[name] if isinstance(owner, dict) else getattr(owner, name)
-
+    def labelled(self, true, label: str):
+        """A function whose calls have a label."""
         def call(*args, **kwargs):
             self.labels.append(label)
             try:
                 return true(*args, **kwargs)
             finally:
                 self.labels.pop()
-        if isinstance(owner, dict):
-            return patch.dict(owner, {name: call})
-        return patch.object(owner, name, call)
+        return call
 
     def part(self) -> str:
         labels = self.labels
@@ -84,7 +80,7 @@ def batch_of(case: plan.Case) -> updates.Batch:
     flow = round(c.flow_fraction * CLIPS)
     roles = flow, CLIPS // 4, CLIPS - flow - CLIPS // 4
     guided = torch.arange(round((1 - c.text_drop) * CLIPS))
-    rows = {f.name: rows_of(getattr(one, f.name)) for f in fields(one)}
+    rows = {name: rows_of(value) for name, value in vars(one).items()}
     many = updates.Batch(**rows | {"roles": roles, "guided_rows": guided, "whole_t": None})
     for name in ("rollout", "fake_rollout"):
         if found := getattr(one, name):
@@ -119,9 +115,13 @@ def done(case: plan.Case, batch: updates.Batch) -> Counter:
         for owner, name, label in (
                 (updates, "clean_past", "contexts"), (updates, "append_chunk", "contexts"),
                 (updates, "score_gradient", "scores"), (meanflow, "meanflow_error", "forward loss"),
-                (meanflow.DERIVATIVES, c.derivative, "derivative"), (train, "backward", "backward"),
-                (train, "backward_chunks", "again"), (Block, "compute", "block")):
-            stack.enter_context(flops.labelled(owner, name, label))
+                (train, "backward", "backward"), (train, "backward_chunks", "again"),
+                (Block, "compute", "block")):
+            call = flops.labelled(getattr(owner, name), label)
+            stack.enter_context(patch.object(owner, name, call))
+        derivatives = meanflow.DERIVATIVES
+        call = flops.labelled(derivatives[c.derivative], "derivative")
+        stack.enter_context(patch.dict(derivatives, {c.derivative: call}))
         stack.enter_context(patch.object(train, "optimizer_step", no_step))
         stack.enter_context(flops)
         train.update(c, nets, parts, iter([batch]), 0, world, log)
@@ -131,7 +131,8 @@ def done(case: plan.Case, batch: updates.Batch) -> Counter:
 def cost(call) -> tuple[int, int, int]:
     """(forward, backward, contexts) of a call that gives a tensor, without recomputation."""
     flops = Flops()
-    with flops.labelled(updates, "append_chunk", "contexts"), flops:
+    append = flops.labelled(updates.append_chunk, "contexts")
+    with patch.object(updates, "append_chunk", append), flops:
         out = call()
         found, forward = flops.found["contexts"], sum(flops.found.values())
         if out.requires_grad:
@@ -199,27 +200,20 @@ def encoded_again(student, batch, c) -> int:
     return total
 
 
-def by_layers(case: plan.Case, counts) -> list[Counter]:
-    """counts(case), of a deep network, from networks of 2 and of 3 times the blocks in which
-    checkpointing repeats: every further one adds the same."""
-    unit = max(1, case.c.checkpointing)
-    few, more = (counts(replace(case, config=replace(case.config, layers=n * unit)))
-                 for n in (2, 3))
-    steps = case.config.layers / unit - 2
-    return [Counter({part: a[part] + steps * (b[part] - a[part]) for part in PARTS})
-            for a, b in zip(few, more)]
-
-
-def arithmetic(case: plan.Case) -> list[Counter]:
+def arithmetic(case: plan.Case) -> list[dict]:
     """FLOP a clip by part: [done, needed, released]."""
-    found = by_layers(case, lambda some: [done(some, batch_of(some)), *expected(some)])
-    return [Counter({part: count[part] / CLIPS for part in PARTS}) for count in found]
+    def measure(some):
+        counts = done(some, batch_of(some)), *expected(some)
+        return [{part: count[part] / CLIPS for part in PARTS} for count in counts]
+    return plan.by_layers(case, measure)
 
 
 def of_an_update(case: plan.Case) -> float:
     """FLOP of the update that is planned and timed, but for recomputation."""
-    count, = by_layers(case, lambda some: [done(some, plan.constant_batch(some).to(META))])
-    return sum(count.values()) - count["recomputation"]
+    def measure(some):
+        count = done(some, plan.constant_batch(some).to(META))
+        return sum(count.values()) - count["recomputation"]
+    return plan.by_layers(case, measure)
 
 
 def of_a_call(config: ModelConfig, shape, tokens: int = 512) -> tuple[int, int]:

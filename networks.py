@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch._inductor import config as inductor
 
 import checkpoint
 import distributed
@@ -51,6 +52,7 @@ def lay_out(c: Config, config: ModelConfig, world, adapters=(), below=None) -> t
         torch._dynamo.config.recompile_limit = 512
         torch._dynamo.config.accumulated_recompile_limit = 512
         torch._dynamo.config.fail_on_recompile_limit_hit = True      # never eager without a word
+        inductor.deterministic = c.deterministic                     # or timings choose kernels
     with torch.device("meta"):
         network = FlowMapDiT(config)
         if adapters:                                 # frozen weights need no fp32 master

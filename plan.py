@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor, _sharding_prop
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import distributed
 import flowmap
@@ -142,19 +142,13 @@ class Ledger(TorchDispatchMode):
         if ended:
             del self.held[key]
 
-    def __enter__(self):
-        self.resize_storage = torch.UntypedStorage.resize_
-
-        def resize_(storage, size: int) -> None:                 # which no mode gets to see
-            self.resize_storage(storage, size)
+    def resizing(self, true):
+        """UntypedStorage.resize_, which no mode gets to see."""
+        def resize_(storage, size: int) -> None:
+            true(storage, size)
             if storage._cdata in self.held:
                 self.resize(storage._cdata, size)
-        torch.UntypedStorage.resize_ = resize_
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        torch.UntypedStorage.resize_ = self.resize_storage
-        return super().__exit__(*error)
+        return resize_
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:
@@ -196,6 +190,8 @@ def simulate(case: Case) -> dict:
             with (patch.object(FlowMapDiT, "run_blocks", ledger.part_of(FlowMapDiT.run_blocks)),
                   patch.object(train, "backward", ledger.part_of(train.backward)),
                   patch.object(train, "optimizer_step", ledger.part_of(train.optimizer_step)),
+                  patch.object(torch.UntypedStorage, "resize_",
+                               ledger.resizing(torch.UntypedStorage.resize_)),
                   # DTensor reckons shapes in the active mode, once for each: not part of an update.
                   patch.object(_sharding_prop, "detect_fake_mode", lambda: None),
                   ledger):
@@ -219,21 +215,21 @@ def with_peak(found: dict) -> dict:
                    "gathered": found["gathered"], "reduced": found["reduced"]}
 
 
-def memory_by_layers(case: Case) -> dict:
-    """`memory` of a deep network, from those of 2 and of 3 layers (times N with checkpointing of
-    every Nth): every further one adds the same, to the peak of each part too. Which part has the
-    highest peak may change."""
+def by_layers(case: Case, measure):
+    """measure(case), numbers in lists and dicts, of a deep network from those of 2 and of 3 layers
+    (times N with checkpointing of every Nth): every further one adds the same."""
     unit = max(1, case.c.checkpointing)
     steps = case.config.layers / unit - 2
     if steps <= 1:
-        return memory(case)
-    two, three = (simulate(replace(case, config=replace(case.config, layers=n * unit)))
+        return measure(case)
+    two, three = (measure(replace(case, config=replace(case.config, layers=n * unit)))
                   for n in (2, 3))
+    return tree_map(lambda few, more: few + steps * (more - few), two, three)
 
-    def deep(few, more):
-        return few + steps * (more - few)
-    peaks = [deep(*pair) for pair in zip(two.pop("peaks"), three.pop("peaks"), strict=True)]
-    return with_peak({name: deep(two[name], three[name]) for name in two} | {"peaks": peaks})
+
+def memory_by_layers(case: Case) -> dict:
+    """`memory` of a deep network: of each part, as which has the highest peak may change."""
+    return with_peak(by_layers(case, simulate))
 
 
 # Small enough to run here.

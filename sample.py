@@ -89,8 +89,9 @@ def check(args) -> None:
     for chunk, _ in args.prompt_at:
         if not chunk.isdecimal():
             raise ValueError(f"--prompt-at {chunk}: the chunk must be a number from 0 up")
-    if not args.vbench and args.out.suffix not in (".mp4", ".gif", ".png"):
-        raise ValueError(f"--out {args.out}: the name must end in .mp4, .gif or .png")
+    kinds = (".mp4", ".gif") if args.stream else (".mp4", ".gif", ".png")
+    if not args.vbench and args.out.suffix not in kinds:
+        raise ValueError(f"--out {args.out}: the name must end in {' or '.join(kinds)}")
     if args.sheet and args.sheet.suffix != ".png":
         raise ValueError(f"--sheet {args.sheet}: the name must end in .png")
     for flag, path in (("--out", not args.vbench and args.out), ("--sheet", args.sheet)):
@@ -202,6 +203,10 @@ def main(argv=None) -> None:
     prompts = read_prompts(args)
     times = read_grid(args.grid) if args.grid else None
     stage = chosen_stage(args)
+    captions = [prompt for prompt in prompts for _ in range(args.per_prompt)]
+    seeds = list(range(args.seed, args.seed + len(captions)))
+    if args.stream and len(captions) > 1:
+        raise ValueError("--stream takes one prompt and one clip")
     world = distributed.start(args.device)
     if world.size > 1 and (args.stream or args.sheet):
         raise ValueError(f"--{'stream' if args.stream else 'sheet'} is for one process: leave "
@@ -210,11 +215,7 @@ def main(argv=None) -> None:
                              args.width, args.tiling, args.bf16, args.chunks)
     grid = times or flowmap.time_grid(args.steps, args.shift or pipeline.config["shift"])
     options = sampling_options(args, pipeline, stage)
-    captions = [prompt for prompt in prompts for _ in range(args.per_prompt)]
-    seeds = list(range(args.seed, args.seed + len(captions)))
     if args.stream:
-        if len(captions) > 1:
-            raise ValueError("--stream takes one prompt and one clip")
         prepare(pipeline, captions, options)
         pieces = stream(pipeline, captions, seeds, grid, **options)
         stream_to(args.out, pieces, pipeline.fps)
@@ -232,8 +233,8 @@ def prepare(pipeline: Pipeline, captions: list[str], options: dict) -> None:
 
 def clip_paths(args, captions: list[str]) -> list[Path]:
     if args.vbench:
-        paths = [args.out / f"{file_name(caption)}-{i % args.per_prompt}.mp4"
-                 for i, caption in enumerate(captions)]
+        names = (caption.replace("/", " ") for caption in captions)        # as VBench names them
+        paths = [args.out / f"{name}-{i % args.per_prompt}.mp4" for i, name in enumerate(names)]
         if twice := [path for path, count in Counter(paths).items() if count > 1]:
             raise ValueError(f"--prompts: two prompts would both be {twice[0].name}; leave one out")
         return paths
@@ -285,16 +286,6 @@ def made_by(args, stage, pipeline, captions, seeds, grid, options: dict) -> dict
             "prompts": f"checksum {zlib.crc32(json.dumps(captions).encode()):08x}"}
 
 
-def file_name(caption: str) -> str:
-    """The caption as VBench names files; one that no file system would take is cut, and told apart
-    by a checksum."""
-    name = caption.replace("/", " ")
-    raw = name.encode()
-    if len(raw) <= 200:
-        return name
-    return f"{raw[:180].decode(errors='ignore')} {zlib.crc32(raw):08x}"
-
-
 def read_prompts(args) -> list[str]:
     """Those of --prompt and then those of the file --prompts; ValueError if there are none."""
     captions, path = list(args.prompt), args.prompts
@@ -344,8 +335,6 @@ def save_latents(args, stage, world, pipeline, captions, seeds, grid, options: d
 
 def stream_to(path: Path, pieces, fps: float) -> None:
     """Write chunks (1, T, 3, H, W) into one .mp4 or .gif as they come; print how fast they came."""
-    if path.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"{path}: a stream is written to .mp4 or .gif")
     write_frames(path, timed_frames(path, pieces), fps)
 
 

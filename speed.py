@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import trange
 
 import distributed
 import flops
@@ -53,30 +51,6 @@ def random_network(config: ModelConfig, device="cpu", dtype=torch.float32) -> Fl
         for p in network.parameters():
             p.normal_(std=0.02)
     return network
-
-
-# --- the cache of a long video
-
-def write_cost(config: ModelConfig, size, frames: int, full_chunks: int, window: int, chunks: int,
-               device) -> list[tuple]:
-    """(seconds, floating-point operations outside attention) of appending each of `chunks` chunks
-    of `frames` latent frames, in order."""
-    net = FlowMapDiT(config).to(device).requires_grad_(False)
-    g = distributed.generator("bench")
-    z = torch.randn(1, frames, config.channels, *size, generator=g).to(device)
-    text = torch.randn(1, 16, config.text_dim, generator=g).to(device)
-    context, costs = Context(net.encode_prompt(text)), []
-    for _ in trange(chunks, desc="write", unit="chunk"):
-        with FlopCounterMode(display=False) as counter:
-            append_chunk(net, context, z, full_chunks, window)
-        counts = counter.get_flop_counts()["Global"].items()
-        dense = sum(count for op, count in counts if "attention" not in str(op))
-        synchronise(z.device)                        # what was queued before is not timed
-        started = time.perf_counter()
-        context = append_chunk(net, context, z, full_chunks, window)
-        synchronise(z.device)
-        costs.append((time.perf_counter() - started, dense))
-    return costs
 
 
 # --- costs
@@ -241,11 +215,17 @@ def peers(wide: ModelConfig, sides, chunks, repeats: int):
                          "theirs": lambda z=z, o=other: their_rollout(o, CAUSAL, z, text, grid)},
                         repeats, device)
         yield f"causal rollout of {count} chunks", times["theirs"] / times["ours"]
+
+
+def late_chunks(repeats: int, device):
+    """Yields (what, seconds of four chunks about the 62nd of a stream over those about the 8th)."""
+    network, grid = random_network(CAUSAL, device), flowmap.time_grid(4, 5.0)
+    text = torch.randn(1, 16, CAUSAL.text_dim, generator=generator("text")).to(device)
+    z = torch.randn(1, 64, CAUSAL.channels, 32, 16, generator=generator("z")).to(device)
     for window in (7, 0):
-        z = torch.randn(1, 64, CAUSAL.channels, 32, 16, generator=generator("z"))
         runs = [our_rollout(network, z, text, grid, 3, window) for _ in range(repeats)]
         early, late = (min(sum(run[n - 2:n + 2]) for run in runs) for n in (8, 62))
-        yield f"ours: 64th chunk / 8th, window {window or 'of all'}", late / early
+        yield f"64th chunk of a stream / 8th, window {window or 'of all'}", late / early
 
 
 # --- gpu
@@ -301,7 +281,7 @@ def emptied(device) -> None:
 
 def streaming(config: ModelConfig, shape, chunks, device, compiled: bool) -> dict:
     """Seconds to the first chunk of a 4-step stream, and frames a second after it; decoded too,
-    by Wan's autoencoder with random weights, where Diffusers is installed."""
+    by Wan2.1's autoencoder with random weights, where Diffusers is installed."""
     emptied(device)
     network = random_network(replace(config, compressed=True), device, dtype_of(device))
     network.requires_grad_(False)
@@ -316,6 +296,8 @@ def streaming(config: ModelConfig, shape, chunks, device, compiled: bool) -> dic
     try:
         from diffusers import AutoencoderKLWan
     except ImportError:
+        return found
+    if config.channels != 16:                                    # Wan2.2's has other widths
         return found
     decoder = AutoencoderKLWan(z_dim=config.channels).to(device).eval()      # fp32: as WanCodec
     latents = z.transpose(1, 2)

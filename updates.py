@@ -4,7 +4,7 @@ puts them in order.
 
 Legend:  B samples of a micro-batch   F latent frames   C, H, W latents   T prompt tokens
 """
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,8 +65,8 @@ class Batch:
     def to(self, device) -> "Batch":
         """The same with all tensors on a device, but for the noise of rollouts, which moves when
         it is used."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {n: sent(v, device) for n, v in values.items() if isinstance(v, torch.Tensor)}
+        moved = {name: sent(value, device) for name, value in vars(self).items()
+                 if isinstance(value, torch.Tensor)}
         conditioning = {name: sent(v, device) for name, v in self.conditioning.items()}
         return replace(self, **moved, conditioning=conditioning)
 

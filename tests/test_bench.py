@@ -66,8 +66,12 @@ def test_each_part_of_a_deep_network_is_extrapolated_for_itself(checkpointing, m
     monkeypatch.setattr(plan, "simulate", simulated)
     case = replace(case_of(checkpointing=checkpointing), config=replace(SMALLEST, layers=40))
     assert plan.memory_by_layers(case) == plan.memory(case)
-    count, = flops.by_layers(case, lambda some: [Counter(contexts=some.config.layers)])
-    assert count["contexts"] == 40
+    monkeypatch.setattr(flops, "CLIPS", 1)
+    monkeypatch.setattr(flops, "batch_of", lambda some: None)
+    monkeypatch.setattr(flops, "done", lambda some, batch: Counter(scores=some.config.layers))
+    monkeypatch.setattr(flops, "expected", lambda some: [Counter(contexts=2)])
+    first, second = flops.arithmetic(case)
+    assert first["scores"] == 40 and second["contexts"] == 2
 
 
 def test_seconds_are_medians_in_turn_without_the_first_round(monkeypatch):

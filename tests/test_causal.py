@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import backward_sim
 import golden
@@ -153,6 +154,18 @@ def test_checkpointing_changes_no_gradient_of_a_causal_rollout(full_chunks):
         return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     plain = gradients(False)
     assert (gradients(True) - plain).norm() < 1e-5 * plain.norm() and plain.norm() > 1
+
+
+def test_a_late_chunk_takes_the_arithmetic_of_an_early_one():
+    """Outside attention: the past is never encoded again."""
+    net, (z, _, _, text), dense = network(CAUSAL), inputs(CAUSAL, frames=1), []
+    context = Context(net.encode_prompt(text))
+    for _ in range(8):
+        with FlopCounterMode(display=False) as counter:
+            context = append_chunk(net, context, z, 2)
+        counts = counter.get_flop_counts()["Global"].items()
+        dense.append(sum(count for op, count in counts if "attention" not in str(op)))
+    assert 0 < dense[0] < dense[3] == dense[7]
 
 
 def test_no_gradient_through_the_cache():

@@ -52,6 +52,15 @@ def test_losses_are_those_of_the_cpu(finished, tmp_path):
             assert a == pytest.approx(b, rel=1e-2)
 
 
+def test_what_a_launch_runs_by_default(tmp_path):
+    """Eager and not deterministic, attention takes other kernels."""
+    done(tmp_path, [flags_of(tmp_path / "run", stage, "--device", "cuda", "--bf16", "--log-every",
+                             "1", "--steps", "4") for stage in FOLDERS])
+    for stage in FOLDERS:
+        assert len(rows(tmp_path / "run" / stage)) == 4
+        assert rows(tmp_path / "run" / stage)[-1]["skipped"] == 0
+
+
 @pytest.mark.parametrize("more", [(), LORA], ids=["all weights", "adapters"])
 def test_all_stages_of_both_forms_resumed_and_sampled(finished, tmp_path, more):
     whole, run = tmp_path / "whole", tmp_path / "run"

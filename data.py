@@ -294,15 +294,15 @@ class Shards:
             self.manifest = json.loads((self.path / "manifest.json").read_text("utf-8"))
             self.places = [(shard, row) for shard in self.manifest["shards"]
                            for row in range(shard["clips"])]
-            files = [(shard["name"], shard["bytes"]) for shard in self.manifest["shards"]]
+            files = [(self.path / shard["name"], shard["bytes"])
+                     for shard in self.manifest["shards"]]
         except FileNotFoundError:
             raise ValueError(f"{path}: has no manifest.json, no finished shards: run the command "
                              "that made the shards again") from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{self.path / 'manifest.json'}: not what was written ({error}); "
                              f"{AGAIN}") from None
-        for name, size in files:
-            file = self.path / name
+        for file, size in files:
             if not file.exists() or file.stat().st_size != size:
                 raise ValueError(f"{file}: missing, or not the {size} bytes of the manifest; "
                                  f"{AGAIN}")
@@ -313,7 +313,7 @@ class Shards:
             raise ValueError(f"{null_text}: is not what was written (checksum); {AGAIN}")
         with readable(null_text):
             self.null_text = load_file(null_text)["text"].float()                     # (T, D)
-        first = self.path / files[0][0]
+        first = files[0][0]
         with readable(first), safe_open(first, "pt") as file:
             self.latent_shape = tuple(file.get_slice("latents").get_shape()[1:])   # (F, C, h, w)
             self.conditioning = tuple(n for n in ("image", "condition") if n in file.keys())
@@ -545,7 +545,7 @@ def encode(args) -> None:
 
 def check(args) -> None:
     shards = Shards(args.shards)
-    for place in tqdm(shards.places, desc="check", unit="clip"):
+    for place in tqdm(shards.places, desc="check"):
         shards.read(*place)                          # raises
     print(f"{args.shards}: {len(shards)} clips, latents {shards.latent_shape}, prompts "
           f"{tuple(shards.null_text.shape)}: all as written")

@@ -91,7 +91,8 @@ def check(args) -> None:
             raise ValueError(f"--prompt-at {chunk}: the chunk must be a number from 0 up")
     kinds = (".mp4", ".gif") if args.stream else (".mp4", ".gif", ".png")
     if not args.vbench and args.out.suffix not in kinds:
-        raise ValueError(f"--out {args.out}: the name must end in {' or '.join(kinds)}")
+        raise ValueError(f"--out {args.out}: the name must end in {', '.join(kinds[:-1])} or "
+                         f"{kinds[-1]}")
     if args.sheet and args.sheet.suffix != ".png":
         raise ValueError(f"--sheet {args.sheet}: the name must end in .png")
     for flag, path in (("--out", not args.vbench and args.out), ("--sheet", args.sheet)):

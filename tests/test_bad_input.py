@@ -264,6 +264,8 @@ CASES = [
     ("sample", [*RUN, *PROMPT, "--out", "note.txt/clip.mp4"], "--out note.txt", "give another one"),
     ("sample", [*RUN, *PROMPT, "--sheet", "sheet.jpg"], "--sheet sheet.jpg", "end in .png"),
     ("sample", [*RUN, *PROMPT, "--stream", "--sheet", "s.png"], "--stream and --sheet", "one of"),
+    ("sample", [*RUN, *PROMPT, "--stream", "--out", "a.png"], "--out a.png", " .mp4 or .gif"),
+    ("sample", [*RUN, *PROMPT, *PROMPT, "--stream"], "--stream takes", "one clip"),
     ("sample", [*RUN, *PROMPT, "--stream", "--vbench"], "--stream and --vbench", "one of them"),
     ("sample", [*PROMPT, "--ckpt", STAGE, "--causal"], "--ckpt and --causal", "one of them"),
     ("sample", [*RUN, *PROMPT, "--ckpt", STAGE], "--ckpt and --run-dir", "one of them"),

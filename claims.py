@@ -197,6 +197,8 @@ CLAIMS = [
     ("l", "co-training keeps the 32 steps", "ed('student', 32) <= "
      "ed('student-no-cotraining', 32)"),
     ("l", "long rollouts keep the 32 steps", "ed('student', 32) <= ed('student-few-steps', 32)"),
+    ("l", "one rollout for student and fake score is no worse at 4 steps than a fresh one",
+     "ed('student', 4) <= ed('student-fresh', 4) + sd('student', 4)"),
     ("n", "trained on with digits, the student's 32 steps are no worse than 4",
      "ed('student-on-digits', 32) <= ed('student-on-digits', 4) + sd('student-on-digits', 4)"),
     ("n", "the consistency student's 32 steps are 1.5 times worse than its best",

@@ -256,10 +256,11 @@ def fit_to(source, config, origin: str, c: Config) -> None:
 
 def read_codec(file: Path) -> encoders.PatchPCA:
     """Raises ValueError for a damaged file."""
+    found = checkpoint.read_tensors(file)            # those of older versions hold more
     try:
-        return encoders.PatchPCA(**checkpoint.read_tensors(file))
-    except TypeError as error:
-        raise ValueError(f"{file}: is not a codec of the toy sets ({error})") from None
+        return encoders.PatchPCA(found["mean"], found["basis"], found["scale"])
+    except KeyError as error:
+        raise ValueError(f"{file}: has no {error}, and is not a codec of the toy sets") from None
 
 
 @contextmanager

@@ -84,6 +84,13 @@ def test_clips_are_written(finished, tmp_path, name):
     assert iio.imread(sheet).shape == (108, 432, 3)
 
 
+@pytest.mark.parametrize("stage", sorted(sample.SHIPPED.glob("*/model.safetensors")))
+def test_models_that_are_shipped_make_clips(stage):
+    shipped = pipeline.load_pipeline(stage.parent)
+    clip = pipeline.generate(shipped, PROMPTS[:1], [0], [1.0, 0.0])
+    assert clip.shape[2:] == (3, 16, 16) and clip.std() > 0.1
+
+
 @pytest.mark.parametrize("name", ["night: rain.mp4", "-rain.mp4"])
 def test_a_name_is_neither_an_address_nor_a_flag_of_ffmpeg(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -129,10 +129,10 @@ def folder_aside(folder: Path):
     try:
         yield aside
         sync(aside.rglob("*"))
+        aside.rename(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    aside.rename(folder)
 
 
 def aside_of(folder: Path) -> Path:

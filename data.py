@@ -436,6 +436,10 @@ def written(path: Path):
         yield aside
         cli.flush(aside)
         aside.replace(path)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 

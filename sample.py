@@ -5,6 +5,7 @@
 """
 import argparse
 import json
+import os
 import time
 import zlib
 from collections import Counter
@@ -236,6 +237,9 @@ def clip_paths(args, captions: list[str]) -> list[Path]:
     if args.vbench:
         names = (caption.replace("/", " ") for caption in captions)        # as VBench names them
         paths = [args.out / f"{name}-{i % args.per_prompt}.mp4" for i, name in enumerate(names)]
+        if long := [path.name for path in paths if len(os.fsencode(path.name)) > 200]:
+            raise ValueError(f"--prompts: VBench names clips by their prompts, and {long[0][:50]!r}"
+                             "... is too long for the name of a file; leave --vbench out")
         if twice := [path for path, count in Counter(paths).items() if count > 1]:
             raise ValueError(f"--prompts: two prompts would both be {twice[0].name}; leave one out")
         return paths

@@ -217,6 +217,9 @@ def test_two_prompts_of_one_name_are_refused(finished, tmp_path, capsys):
     argv = ["--run-dir", finished, *PROMPT, *PROMPT, "--vbench", "--out", tmp_path / "clips"]
     code, line = ended(sample, argv, capsys)
     assert code == 2 and "two prompts would both be" in line and not [*tmp_path.glob("clips/*")]
+    argv[3] = "a red circle " * 20
+    code, line = ended(sample, argv, capsys)
+    assert code == 2 and "too long for the name of a file" in line
 
 
 @pytest.mark.parametrize("gone", ["checkpoints", "config.json"])

@@ -89,8 +89,8 @@ def open_data(name: str, frames: int = 8, size: int = 16, held_out: bool = False
     if is_shards(name):
         return Shards(name)
     if not Path(name).is_dir():
-        raise ValueError(f"no data set or folder {str(name)!r}: choose {', '.join(SETS)} or the "
-                         f"path of a folder of clips or shards{cli.nearest(str(name), SETS)}")
+        raise ValueError(f"no folder {str(name)!r} of clips or shards, and no data set"
+                         + cli.nearest(str(name), SETS))
     return Folder(name, frames, size, held_out)
 
 

@@ -131,9 +131,9 @@ def test_a_shape_stays_inside_and_travels_the_same_share_of_the_picture(frames, 
 
 
 def test_unknown_data_set():
-    names = ", ".join(SETS)
-    with pytest.raises(ValueError, match=rf"choose {names} .*; did you mean shapes\?"):
-        open_data("shape")
+    for name, hint in (("shape", r"did you mean shapes\?"), ("zzz", f"valid: {', '.join(SETS)}$")):
+        with pytest.raises(ValueError, match=f"no folder '{name}' .* no data set; {hint}"):
+            open_data(name)
     with pytest.raises(ValueError, match="size >= 8"):
         open_data("shapes", size=4)
 

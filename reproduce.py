@@ -54,15 +54,17 @@ def make(name: str, seed: int, device: str, before=None) -> dict:
         link = folder / stage_of(earlier)
         link.unlink(missing_ok=True)
         link.symlink_to(Path("..", earlier, stage_of(earlier)))
-    script(folder, "train.py", "--stage", run.stage, "--run-dir", folder, "--seed", seed,
-           "--device", device, *claims.flags_of(name, seed))
+    if run.stage:
+        script(folder, "train.py", "--stage", run.stage, "--run-dir", folder, "--seed", seed,
+               "--device", device, *claims.flags_of(name, seed))
     if not finished(name, seed):
         raise ValueError(f"{folder}: training was stopped; the same command goes on")
     if record := record_of(name, seed):
         return record                                    # another run starts from it
     models = [stage if sampler == "euler" else f"{stage}:{sampler}" for sampler in run.samplers]
     script(folder, "eval.py", "--run-dir", folder, "--models", ",".join(models), "--steps",
-           run.steps, "--count", claims.COUNT, "--device", device)
+           run.steps, "--count", claims.COUNT, "--device", device,
+           *([] if run.stage else run.flags.split()))
     record = recorded(name, seed, device)
     if name in claims.SHOWN and seed == 0:
         claims.RESULTS.mkdir(exist_ok=True)
@@ -87,7 +89,8 @@ def recorded(name: str, seed: int, device: str) -> dict:
     folder = place(name, seed)
     stage = cli.read_json(folder / stage_of(name) / "config.json")
     measured = cli.read_json(folder / "eval" / "results.json")
-    lines = (folder / stage_of(name) / "log.jsonl").read_text().splitlines()
+    log = folder / stage_of(name) / "log.jsonl"
+    lines = log.read_text().splitlines() if claims.RUNS[name].stage else []    # nothing trained
     rows = [rounded(json.loads(line)) for line in lines]
     times = [row["seconds"] for row in rows]             # of a resumed run, from its start on
     seconds = sum(b - a if b > a else b for a, b in pairwise([0, *times]))

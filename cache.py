@@ -39,7 +39,7 @@ class Context:
     start: int = 0                # position in the video of z's first frame
     chunks: tuple[int, ...] = ()  # frames of each chunk of z; none: z is one chunk
     adapter: str = ""             # the adapter (lora.py) that is added to the weights; none: as is
-    full_latents: tuple = ()      # clean latents of the cache's full chunks, for a sliding window
+    full_latents: tuple = ()      # clean latents of the cache's full chunks, to encode them again
     # For image-to-video: features of the picture (B, I, image_dim), if `encode_prompt` had none;
     # what is told of the clip, (B, frames of the video, image_channels, H, W).
     image: torch.Tensor | None = None
@@ -95,7 +95,6 @@ def teacher_forced(network, x: torch.Tensor, context, chunks, full_chunks: int) 
     """
     if not isinstance(context, Context):
         context = Context(context)
-    chunks = tuple(chunks)
     full = full_chunks or len(chunks)
     old, new = chunks[:-full], chunks[-full:]
     start, last = sum(old), sum(chunks[:-1])
@@ -140,13 +139,13 @@ def append_chunk(network, context: Context, z_0: torch.Tensor, full_chunks: int,
     cache = tuple(chunk for chunk in context.cache if chunk.stride > 1)
     first = start - sum(z.shape[1] for z in full)
     if len(full) >= full_chunks:
-        z = full.pop(0)
-        places = window - len(full)                  # for compressed chunks, z's own included
-        cache = newest(cache, max(0, places - 1))
+        leaving = full.pop(0)
+        places = window - len(full)                  # for compressed chunks, this one included
+        cache = newest(cache, places - 1)
         if places > 0:
             before = replace(context, cache=cache, start=first, chunks=())
-            cache += network.encode(z, before, compressed=True)
-        first += z.shape[1]
+            cache += network.encode(leaving, before, compressed=True)
+        first += leaving.shape[1]
     if full:
         lengths = tuple(z.shape[1] for z in full)
         before = replace(context, cache=cache, start=first, chunks=lengths)

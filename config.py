@@ -154,6 +154,10 @@ OF_THE_RUN = ("preset", "data", "frames", "size", "seed", "shift", "guidance", "
 OF_THE_FLOW_MAP = ("chunks", "full_chunks", "velocity", "epsilon", "derivative", "time_weight",
                    "balance", "weight_before_balance", "flow_fraction", "flow_times",
                    "consistency_fraction")
+# Of one stage alone.
+ONLY_IN = {"tangent_warmup": "flowmap", "bidirectional_fraction": "flowmap",
+           **dict.fromkeys(("rollout", "budgets", "cotrain", "real_guidance", "fake_lr",
+                            "fake_rollout"), "distill")}
 INHERITED = {"pretrain": OF_THE_RUN, "flowmap": OF_THE_RUN + OF_THE_FLOW_MAP}
 # These may change when a run is resumed.
 CHANGEABLE = ("steps", "lr", "fake_lr", "run_dir", "micro_batch", "device", "checkpointing",
@@ -254,6 +258,7 @@ def default_text(field) -> str:
     name = field.name
     stages = ("pretrain",) if name in OF_THE_RUN else STAGES
     stages = ("flowmap",) if name in OF_THE_FLOW_MAP else stages
+    stages = (ONLY_IN[name],) if name in ONLY_IN else stages
     found = {stage: recipe("toy", stage, False).get(name, field.default) for stage in stages}
     found |= {f"causal {stage}": settings[name]
               for stage, settings in CAUSAL_RECIPES["toy"].items() if name in settings}
@@ -371,9 +376,9 @@ def check(c: Config, given: dict, parser) -> None:
     for name in ("chunks", "full_chunks", "bidirectional_fraction"):
         if name in given and not c.causal:
             parser.error(f"{flag_name(name)} is for --causal: a bidirectional clip is one chunk")
-    for name in ("bidirectional_fraction", "tangent_warmup"):
-        if name in given and c.stage != "flowmap":
-            parser.error(f"{flag_name(name)} is for stage flowmap")
+    for name, stage in ONLY_IN.items():
+        if name in given and c.stage != stage:
+            parser.error(f"{flag_name(name)} is for stage {stage}")
     if c.causal and c.stage == "pretrain":
         parser.error("--causal is for stages flowmap and distill: they start from the teacher of "
                      "whole clips; leave it out of stage pretrain")

@@ -1,7 +1,7 @@
 """Stage `distill`: distribution matching on the student's own samples (docs/method.md, 6).
 
     z_tau = (1 - tau) z_0 + tau n                        the student's sample, noised
-    x     = z_tau - tau u(z_tau, tau, tau)               cleaned by the teacher: x_real, or x_fake
+    x     = z_tau - tau u(z_tau, tau, tau)               cleaned, by teacher or fake score
     grad  = (x_fake - x_real) / mean |z_0 - x_real|
     loss  = mean (z_0 - stopgrad(z_0 - grad))^2
 

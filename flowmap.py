@@ -89,9 +89,8 @@ def euler_sample(u, z: torch.Tensor, grid, renoise=None) -> torch.Tensor:
     A network without a second time (a teacher) ignores r, and the step is the ordinary Euler step.
     """
     check_grid(grid)
-    for t, r in zip(grid, grid[1:]):
-        t = torch.full((len(z),), t, device=z.device)
-        r = torch.full((len(z),), r, device=z.device)
+    levels = [torch.full((len(z),), t, device=z.device) for t in grid]
+    for t, r in zip(levels, levels[1:]):
         z = flow_map(u, z, t, r)
     return z
 
@@ -158,9 +157,9 @@ def flow_map_times(generator: torch.Generator, count: int, shift: float,
     if flow_times == "either":
         t = torch.where(position < flow, pair[0], t)
     t, r = shift_time(t, shift), shift_time(r, shift)
-    r = torch.where(position < flow + consistency, torch.zeros_like(r), r)
-    below = t.nextafter(torch.zeros_like(t))                 # two draws may round to one
-    return t, torch.where(position < flow, t, torch.minimum(r, below))
+    r = torch.minimum(r, t.nextafter(torch.zeros_like(t)))   # two draws may round to one
+    r = torch.where(position < flow + consistency, 0.0, r)
+    return t, torch.where(position < flow, t, r)
 
 
 TIME_WEIGHTS = {                             # densities over the shifted time, up to a factor

@@ -68,7 +68,8 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
     w = torch.where(dropped, 1.0, settings.guidance).to(t)                  # (B,)
     F = network(z_t, t, r, context)
     if settings.guidance != 1 and null_context is not None:
-        u_0, rows = torch.zeros_like(v), guided_rows
+        rows = guided_rows
+        u_0 = torch.zeros_like(v)                     # of no account in the others: there w = 1
         with torch.no_grad():
             u_0[rows] = network(z_t[rows], t[rows], r[rows], null_context)
         F = (F - expand(1 - w, F) * u_0) / expand(w, F)
@@ -77,7 +78,8 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
     if flow_rows < len(t):
         rest = slice(flow_rows, None)
         u = conditioned(network, context[rest])
-        # Where r = t the factor is 0, and any lower end below t will do.
+        # Where r = t the factor is 0, and any lower end below t will do; r itself would give 0 / 0
+        # at t = 1.
         lower = torch.where(r < t, r, 0.0)
         derivative = DERIVATIVES[settings.derivative]
         du_dt = derivative(u, z_t[rest], t[rest], lower[rest], v[rest], settings.epsilon)
@@ -95,6 +97,8 @@ def balanced_loss(err, t, r, mu, fixed: float = 0.0):
     fixed: where r = t errors vanish, a scale b in place of mu: b / (err + b), which leaves errors
     below b a plain square. 0: none.
     """
-    mu, small = (fixed, fixed) if fixed else (mu, 1e-5)
+    small = 1e-5
+    if fixed:
+        mu = small = fixed
     scale = mu * (err.detach() + small).reciprocal()
     return torch.where(r < t, scale, 1.0) * err

@@ -137,11 +137,12 @@ class RMSNorm(nn.Module):
         return nnf.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6).type_as(x)
 
 
-def layer_norm(x: torch.Tensor, weight=None, bias=None, eps: float = 1e-6) -> torch.Tensor:
-    """LayerNorm in fp32; the result stays in fp32 for the modulation that follows."""
-    weight = None if weight is None else weight.float()
-    bias = None if bias is None else bias.float()
-    return nnf.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
+def layer_norm(x: torch.Tensor, norm: nn.LayerNorm | None = None) -> torch.Tensor:
+    """LayerNorm in fp32, with the weights of `norm`, if any; the result stays in fp32 for the
+    modulation that follows."""
+    if norm is None:
+        return nnf.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+    return nnf.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 class Linear(nn.Linear):
@@ -171,7 +172,9 @@ def attend(q, k, v, spans=None) -> torch.Tensor:
     spans: which queries may see which keys, see cache.attention_spans; none: all see all.
     """
     answers = []
-    for start, stop, ranges in spans or [(0, q.shape[2], [(0, k.shape[2])])]:
+    if not spans:
+        spans = [(0, q.shape[2], [(0, k.shape[2])])]
+    for start, stop, ranges in spans:
         keys = join([k[:, :, first:last] for first, last in ranges], 2)
         values = join([v[:, :, first:last] for first, last in ranges], 2)
         answers.append(nnf.scaled_dot_product_attention(q[:, :, start:stop], keys, values))
@@ -252,9 +255,9 @@ class ImageEmbed(nn.Module):
         self.mlp = MLP(dim_in, dim_in, dim, nnf.gelu)
 
     def forward(self, image):
-        image = layer_norm(image, self.norm_in.weight, self.norm_in.bias, 1e-5)
+        image = layer_norm(image, self.norm_in)
         image = self.mlp(image.to(self.mlp.up.weight.dtype))
-        return layer_norm(image, self.norm_out.weight, self.norm_out.bias, 1e-5).type_as(image)
+        return layer_norm(image, self.norm_out).type_as(image)
 
 
 class Block(nn.Module):
@@ -307,8 +310,7 @@ class Block(nn.Module):
         h = self.self_attn(h, keys, values, rope=rope, spans=spans, adapter=adapter)
         x = (x.float() + gate_1 * h.unflatten(1, size)).type_as(x)           # (B, F, S, D)
 
-        h = layer_norm(x, self.norm_cross.weight, self.norm_cross.bias)
-        h = h.to(dtype).flatten(1, 2)
+        h = layer_norm(x, self.norm_cross).to(dtype).flatten(1, 2)
         prompt = text if isinstance(text, tuple) else self.prompt_keys_values(text, image)
         x = x + self.cross_attn(h, *prompt).unflatten(1, size)
 
@@ -484,16 +486,16 @@ class FlowMapDiT(nn.Module):
         places.append((context.start, F, embed.patch // c.patch))
         rope = rotary_table(tuple(places), H // c.patch, W // c.patch, c.dim // c.heads, z.device)
         modulation = self.time_proj(nnf.silu(e)).unflatten(-1, (6, -1)).float()
-        text, image = context.text, None
-        if isinstance(text, torch.Tensor):
-            text, image = self.embed_prompt(text, context.image)
-            text = [text] * c.layers
+        prompt, image = context.text, None           # features, or each layer's keys and values
+        if isinstance(prompt, torch.Tensor):
+            tokens, image = self.embed_prompt(prompt, context.image)
+            prompt = [tokens] * c.layers
         x = embed(z.to(self.stream_type()), context.adapter)                 # (B, F, S, D)
         spans = attention_spans(context, chunks, x.shape[2], prefill)
         layers = []
         for i, block in enumerate(self.blocks):
             cache = tuple(chunk.keys_values[i] for chunk in context.cache)
-            x, own = block(x, modulation, text[i], image, rope, spans, cache, context.adapter)
+            x, own = block(x, modulation, prompt[i], image, rope, spans, cache, context.adapter)
             if prefill:
                 layers.append(own)
         return x, layers

@@ -79,17 +79,15 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     network = load_network(path, config, state, adapter, device, bf16)
     if of_wan:
         words = encoders.WanText(base, device, record.get("text_length", 512))
+        picture = encoders.WanPicture(base, device) if config.image_dim else None
+        own = {"null_prompt": encoders.NEGATIVE_PROMPT, "picture": picture, "batch": 1}
     else:
         words = encoders.Words(record["vocabulary"], config.text_dim, record["text_length"])
+        own = {}
     made_by = record.get("set", {}).get("made by") or {}         # of shards, with their own fps
-    pipeline = Pipeline(network, codec, words, record["config"], tuple(record["latent_shape"]),
-                        tuple(record["chunks"]), fps=made_by.get("fps", codec.fps),
-                        adapter=ADAPTER if adapter else "")
-    if of_wan:
-        pipeline.null_prompt = encoders.NEGATIVE_PROMPT
-        pipeline.picture = encoders.WanPicture(base, device) if config.image_dim else None
-        pipeline.batch = 1
-    return pipeline
+    return Pipeline(network, codec, words, record["config"], tuple(record["latent_shape"]),
+                    tuple(record["chunks"]), fps=made_by.get("fps", codec.fps),
+                    adapter=ADAPTER if adapter else "", **own)
 
 
 def wan_codec(path, config, base, device, tiling: bool) -> encoders.WanCodec:
@@ -224,8 +222,8 @@ def sample_chunk(u, z, given, grid, sampler: str, renoise, on_step=None) -> torc
 def check_given(chunks: tuple, given) -> None:
     """Raises ValueError unless given frames are whole chunks, or some of a single one; not all."""
     frames = given.shape[1]
-    ends = range(chunks[0]) if len(chunks) == 1 else chunk_ends(chunks)
-    if frames and frames not in ends:
+    fits = frames < chunks[0] if len(chunks) == 1 else frames in chunk_ends(chunks)
+    if frames and not fits:
         raise ValueError(f"{frames} given latent frames: must be whole chunks of {list(chunks)}, "
                          f"and not all of them")
 

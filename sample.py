@@ -80,13 +80,12 @@ def check(args) -> None:
         raise ValueError(f"--prompts {args.prompts}: no such file")
     if not args.prompt and not args.prompts:
         raise ValueError('no prompt: give --prompt "..." or --prompts FILE')
-    for flag, others in (("ckpt", ("run_dir", "stage", "causal")), ("image", ("video",)),
-                         ("save_latents", ("sheet",)),
-                         ("stream", ("save_latents", "sheet", "vbench", "tiling"))):
-        for other in others if getattr(args, flag) else ():
-            if getattr(args, other):
-                names = (f"--{name.replace('_', '-')}" for name in (flag, other))
-                raise ValueError(f"{' and '.join(names)}: give one of them")
+    for pair in (("ckpt", "run_dir"), ("ckpt", "stage"), ("ckpt", "causal"), ("image", "video"),
+                 ("save_latents", "sheet"), ("stream", "save_latents"), ("stream", "sheet"),
+                 ("stream", "vbench"), ("stream", "tiling")):
+        if all(getattr(args, name) for name in pair):
+            names = (f"--{name.replace('_', '-')}" for name in pair)
+            raise ValueError(f"{' and '.join(names)}: give one of them")
     for chunk, _ in args.prompt_at:
         if not chunk.isdecimal():
             raise ValueError(f"--prompt-at {chunk}: the chunk must be a number from 0 up")
@@ -96,7 +95,7 @@ def check(args) -> None:
                          f"{kinds[-1]}")
     if args.sheet and args.sheet.suffix != ".png":
         raise ValueError(f"--sheet {args.sheet}: the name must end in .png")
-    for flag, path in (("--out", not args.vbench and args.out), ("--sheet", args.sheet)):
+    for flag, path in (("--out", None if args.vbench else args.out), ("--sheet", args.sheet)):
         if path and path.is_dir():
             raise ValueError(f"{flag} {path}: is a folder; give the name of a file")
     cli.check_folder(args.out if args.vbench else args.out.parent, "--out")
@@ -135,9 +134,10 @@ SHIPPED = Path(__file__).parent / "assets" / "toy"          # a run without chec
 
 def newest_stage(run: Path, causal: bool = False) -> Path:
     """The furthest finished stage of a run; causal: of the causal student's."""
-    forms = (True,) if causal else (False, True)
-    students = [folder_of(stage, form) for stage in ("distill", "flowmap") for form in forms]
-    for name in students if causal else [*students, "pretrain"]:
+    names = ["distill", "causal-distill", "flowmap", "causal-flowmap", "pretrain"]
+    if causal:
+        names = ["causal-distill", "causal-flowmap"]
+    for name in names:
         if runs.finished(run / name):
             return run / name
     has_teacher = causal and runs.finished(run / "pretrain")

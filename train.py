@@ -57,12 +57,13 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
             backward(err, student, last, c, world)
         # The pass that reaches all weights comes first: gradients that FSDP adds up over passes are
         # fp32, later ones alone bf16, and torch 2.11 cannot reduce both at once.
-        if c.stage == "flowmap" or c.stage == "distill" and c.cotrain:
+        if c.stage == "flowmap" or (c.stage == "distill" and c.cotrain):
             err = updates.flow_map_error(student, batch, c, nets.get("teacher"))
             loss = balanced(err, batch, flow_errors, c, log)
-            loss = loss if c.stage == "flowmap" else c.cotrain * loss
-            only = c.stage == "flowmap" and batch.whole_t is None    # no other pass follows
-            backward(loss, student, last and only, c, world)
+            if c.stage == "distill":
+                loss = c.cotrain * loss
+            final_pass = c.stage == "flowmap" and batch.whole_t is None
+            backward(loss, student, last and final_pass, c, world)
         if batch.whole_t is not None:
             err = updates.whole_clip_error(student, batch, c)
             log.add("err_whole", err)
@@ -73,7 +74,7 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
             gradient = updates.score_gradient(z_0, nets["teacher"], nets["fake"], batch, c)
             log.add("dmd", dmd.dmd_loss(z_0, gradient))
             log.add("dmd_gradient", gradient.flatten(1).norm(dim=1))
-            backward_chunks(chunks.pop(), z_0, gradient, batch, student, last, c, world)
+            backward_chunks(chunks[-1], z_0, gradient, batch, student, last, c, world)
             rolled_out.append((replace(drawn, rollout=None), z_0))   # its noise is large
 
     norms = {"grad_norm": optimizer_step(parts["student"], learning_rate(c, step, c.lr), c.clip)}
@@ -98,19 +99,14 @@ def backward_chunks(last_chunk, z_0, gradient, batch, student, last: bool, c: Co
     """DMD's gradient to the student, chunk by chunk: what is cached carries none, so the chunks
     before the last are made again, one graph at a time, from the same noise and the same past."""
     frames = z_0.shape[1]
-    last_start = frames - last_chunk.shape[1]
+    *earlier, last_part = gradient.split(chunks_of(c, frames), 1)
 
-    def share(chunk, start: int) -> torch.Tensor:
-        part = gradient[:, start:start + chunk.shape[1]]
+    def share(chunk, part) -> torch.Tensor:
         return dmd.dmd_loss(chunk, part) * (chunk.shape[1] / frames)
-    backward(share(last_chunk, last_start), student, last and last_start == 0, c, world)
+    backward(share(last_chunk, last_part), student, last and not earlier, c, world)
     again = updates.roll_out(student, batch, batch.rollout, c, graph="all", made=z_0)
-    start = 0
-    while start < last_start:
-        chunk = next(again)
-        stop = start + chunk.shape[1]
-        backward(share(chunk, start), student, last and stop == last_start, c, world)
-        start = stop
+    for part, chunk in zip(earlier, again):
+        backward(share(chunk, part), student, last and part is earlier[-1], c, world)
 
 
 def balanced(err, batch, flow_errors, c: Config, log) -> torch.Tensor:
@@ -118,10 +114,10 @@ def balanced(err, batch, flow_errors, c: Config, log) -> torch.Tensor:
     in it, so the mean is complete by the time that the first r < t row needs it."""
     weight = time_weight(batch.t, c.time_weight, c.shift, c.either_share)
     # The released order weighs first: w(t) then cancels where r < t.
-    error = err * weight if c.weight_before_balance else err
+    weighted = err * weight if c.weight_before_balance else err
     # A global batch of 1 may have no r = t row: then 1, the variance of noise, sets the scale.
-    mu = flow_errors.add(error.detach()[:batch.roles[0]], default=1.0)
-    loss = meanflow.balanced_loss(error, batch.t, batch.r, mu, c.balance)
+    mu = flow_errors.add(weighted.detach()[:batch.roles[0]], default=1.0)
+    loss = meanflow.balanced_loss(weighted, batch.t, batch.r, mu, c.balance)
     loss = loss if c.weight_before_balance else loss * weight
     log.add("loss", loss)
     for name, rows in zip(ROLES, err.split(batch.roles)):
@@ -151,7 +147,7 @@ def train(c: Config) -> Path:
     """Train (or go on with) one stage; returns its folder. Raises ValueError with what to do when
     it cannot, OSError for what cannot be read or written."""
     world = distributed.start(c.device, c.deterministic)
-    fresh, sums = runs.check_start(c, world)
+    fresh, built_on = runs.check_start(c, world)
     source = runs.open_source(c, fresh)              # decodes videos: a signal ends it at once
     stopping = distributed.StopSignal()
     try:
@@ -165,13 +161,13 @@ def train(c: Config) -> Path:
         parts = networks.trainables(c, nets)
         updates.draw_batch(c, source, world, 0, 0)   # raises, before anything is deleted
         with runs.prepared(c, source, fresh, world):
-            return train_until(stopping, c, source, nets, parts, weights, sums, world)
+            return train_until(stopping, c, source, nets, parts, weights, built_on, world)
     finally:
         stopping.restore()
 
 
 def train_until(stopping: distributed.StopSignal, c: Config, source, nets: dict, parts: dict,
-                weights: networks.Weights, sums: dict, world) -> Path:
+                weights: networks.Weights, built_on: dict, world) -> Path:
     """The updates of a stage whose folder is prepared, until the last one or a signal."""
     stage = runs.stage_folder(c)
     say = tqdm.write if world.is_main else lambda text: None
@@ -182,7 +178,7 @@ def train_until(stopping: distributed.StopSignal, c: Config, source, nets: dict,
             "go on, --fresh train it anew")
         return stage
     if world.is_main:
-        runs.record(c, source, first, sums)
+        runs.record(c, source, first, built_on)
         origins = ", ".join(f"{role} from {place}" for role, place in runs.origins(c).items())
         say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}" if first else
             f"stage {c.stage} in {stage}: {origins or 'fresh weights'}; recipe of {c.preset};"

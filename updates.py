@@ -16,7 +16,6 @@ import flowmap
 import meanflow
 from cache import Context, append_chunk, teacher_forced
 from config import STAGES, Config, chunks_of, micro_batch
-from distributed import sent
 
 
 @dataclass
@@ -65,9 +64,9 @@ class Batch:
     def to(self, device) -> "Batch":
         """The same with all tensors on a device, but for the noise of rollouts, which moves when
         it is used."""
-        moved = {name: sent(value, device) for name, value in vars(self).items()
+        moved = {name: distributed.sent(value, device) for name, value in vars(self).items()
                  if isinstance(value, torch.Tensor)}
-        conditioning = {name: sent(v, device) for name, v in self.conditioning.items()}
+        conditioning = {name: distributed.sent(v, device) for name, v in self.conditioning.items()}
         return replace(self, **moved, conditioning=conditioning)
 
 
@@ -80,15 +79,16 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     """The samples of an update that this rank takes in a micro-step. source: what data.open_data
     gives, behind its encoders."""
     stage = STAGES.index(c.stage)
-    keys = c.seed, 10**7 * stage + step              # no stage draws what another drew
-    count, shape = micro_batch(c, world.size), source.latent_shape
+    key = 10**7 * stage + step                       # no stage draws what another drew
+    shape = source.latent_shape
+    count = micro_batch(c, world.size)
     slots = distributed.slots(world, count, micro_step)
 
     def generator(purpose: str) -> torch.Generator:
-        return distributed.generator(*keys, purpose)
+        return distributed.generator(c.seed, key, purpose)
 
     def noise(purpose: str) -> torch.Tensor:
-        return distributed.noise(shape, *keys, purpose, slots=slots)
+        return distributed.noise(shape, c.seed, key, purpose, slots=slots)
 
     chunks, start = draw_chunks(c, shape[0], generator("chunks"))
     clips = (step * c.batch_size + slots).tolist()
@@ -119,10 +119,10 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
             whole_t = flowmap.logit_normal_time(generator("whole"), c.batch_size, c.shift)
             batch.whole_t, batch.whole_noise = whole_t[slots], noise("whole")
     if c.stage == "distill":
-        batch.rollout = draw_rollout(c, shape, keys[1], slots)
+        batch.rollout = draw_rollout(c, shape, key, slots)
         if c.fake_rollout == "fresh":
             # The key of no other draw: those are 0 and up.
-            batch.fake_rollout = draw_rollout(c, shape, -1 - keys[1], slots)
+            batch.fake_rollout = draw_rollout(c, shape, -1 - key, slots)
         tau = torch.rand(c.batch_size, generator=generator("tau"))
         fake_t = flowmap.logit_normal_time(generator("fake"), c.batch_size, c.shift)
         batch.tau, batch.tau_noise = flowmap.shift_time(tau[slots], c.shift), noise("dmd")
@@ -138,8 +138,8 @@ def draw_chunks(c: Config, frames: int, generator) -> tuple[tuple, int]:
     chunks = chunks_of(c, frames)
     full = c.full_chunks or len(chunks)
     coin, share = torch.rand(2, generator=generator).tolist()
-    extra = len(chunks) - full
-    longer = int(share * (extra + 1)) if extra > 0 and coin < 0.5 else 0
+    extra = max(0, len(chunks) - full)
+    longer = int(share * (extra + 1)) if coin < 0.5 else 0
     chunks = chunks[:full + longer]
     return chunks, sum(chunks[:-full])
 
@@ -225,8 +225,9 @@ def clean_past(student, batch: Batch, text, c: Config, rows=slice(None)) -> Cont
 def whole_clip_error(student, batch: Batch, c: Config) -> torch.Tensor:
     """Causal flowmap, some updates: guided flow matching (B,) on the clip as one chunk, so that the
     network stays able to see all of it."""
-    context, null_context = batch.context(kept_text(batch)), None
-    if len(batch.guided_rows):
+    context = batch.context(kept_text(batch))
+    null_context = None
+    if c.guidance != 1 and len(batch.guided_rows):
         null_context = batch.context(batch.null_text)[batch.guided_rows]
     return meanflow.meanflow_error(student, batch.x, batch.whole_noise, batch.whole_t,
                                    batch.whole_t, context, null_context, batch.dropped,
@@ -242,13 +243,13 @@ def roll_out(student, batch: Batch, rollout: Rollout, c: Config, graph: str = ""
     before, whose chunks are made again, each against the cache of what was made.
     """
     simulation, device = backward_sim.SIMULATIONS[c.rollout], batch.x.device
-    renoise = (sent(noise, device) for noise in rollout.renoise)
+    renoise = (distributed.sent(noise, device) for noise in rollout.renoise)
     context, start = batch.context(batch.text), 0
-    z_1 = sent(rollout.z_1, device)
+    z_1 = distributed.sent(rollout.z_1, device)
     for frames in chunks_of(c, z_1.shape[1]):
         stop = start + frames
         is_last = stop == z_1.shape[1]
-        with torch.set_grad_enabled(graph == "all" or graph == "last" and is_last):
+        with torch.set_grad_enabled(graph == "all" or (graph == "last" and is_last)):
             u = flowmap.conditioned(student, context)
             z_0 = simulation(u, z_1[:, start:stop], rollout.grid, rollout.k,
                              lambda shape: next(renoise))

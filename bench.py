@@ -19,12 +19,10 @@ from dataclasses import replace
 from itertools import product
 
 import cli
+from config import PRESETS as NAMES
 from config import STAGES, Config, chunks_of, recipe
 
 MEASURES = ("plan", "check", "flops", "peers", "costs", "gpu")
-# Height and width of the latents.
-SIZES = {"toy": (4, 4), "tiny": (4, 4), "wan-1.3b": (60, 104), "wan-5b": (30, 52),
-         "wan-14b": (60, 104)}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -35,7 +33,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="plan: memory and traffic of training, simulated; check: the simulation against "
         "measurement; flops: arithmetic of training; peers: against Diffusers' networks; costs: of "
         "updates and late chunks, as ratios; gpu: what this machine's GPU does")
-    add("--preset", type=cli.choice(tuple(SIZES)), default="toy", metavar="NAME",
+    add("--preset", type=cli.choice(NAMES), default="toy", metavar="NAME",
         help="size of the network (default toy)")
     add("--repeats", type=int, least=1, default=5, help="peers, costs: runs (default 5)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
@@ -60,6 +58,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="plan, flops, gpu, peers: pixels (default 480)")
     add("--width", type=int, least=1, default=832, help="as --height (default 832)")
     args = parser.parse(argv)
+    if args.what in ("check", "peers") and not os.path.exists("/proc/self/clear_refs"):
+        parser.error(f"{args.what} measures memory by /proc, which Linux alone has")
     if args.causal and args.stage == "pretrain":
         parser.error("--causal is for stages flowmap and distill; the teacher sees whole clips")
     if args.what in ("plan", "flops") and args.preset.startswith("wan"):
@@ -105,7 +105,7 @@ def name_of(case: plan.Case) -> str:
 def case_of(args, stage: str, checkpointing: int) -> plan.Case:
     """What the plan's flags ask for."""
     config, wan = PRESETS[args.preset], args.preset.startswith("wan")
-    shape = (4, config.channels, *SIZES[args.preset])
+    shape = (4, config.channels, 4, 4)
     if wan:
         pixels = latent_side(args)
         frames = (args.frames - 1) // 4 + 1
@@ -229,9 +229,8 @@ def peers_main(args) -> None:
 
 def costs_main(args) -> None:
     world = distributed.start(args.device)
-    config, channels = PRESETS[args.preset], PRESETS[args.preset].channels
-    shape = (4, channels, *SIZES[args.preset])
-    for what, ratio in speed.costs(config, shape, args.preset, args.repeats, world):
+    case = case_of(args, "flowmap", 0)
+    for what, ratio in speed.costs(case.config, case.shape, args.preset, args.repeats, world):
         print(f"{ratio:6.2f} x  {what}", flush=True)
     for what, ratio in speed.late_chunks(args.repeats, world.device):
         print(f"{ratio:6.2f} x  {what}", flush=True)

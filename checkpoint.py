@@ -166,8 +166,8 @@ def save_checkpoint(stage: Path, step: int, parts: dict[str, Trainable], counter
 
     together(lambda: world.is_main and aside_of(folder))
     together(lambda: write_shards(aside, parts))
-    names = on_main(lambda: sorted(file.name for file in aside.iterdir()), world)
-    own = [aside / name for name in names[world.rank::world.size]]
+    # Its own files: those of other nodes may be late to show on a network disk.
+    own = sorted(aside.glob(f"shard-{world.rank + 1:05d}-*"))
     sums = together(lambda: flushed_sums(own))       # nobody waits for a rank that has failed
     sums = merge_over_ranks(sums, world)
     state = {"step": step, **counters, "sha256": dict(sorted(sums.items()))}

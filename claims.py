@@ -221,15 +221,11 @@ CLAIMS = [
 ]
 
 
-def lineage(name: str) -> list[str]:
-    """The runs that a run rests on, itself last."""
-    return [*(lineage(RUNS[name].after) if RUNS[name].after else []), name]
-
-
-def chain(name: str) -> list[str]:
-    """Those whose stages lie in its folder."""
+def lineage(name: str, own: bool = False) -> list[str]:
+    """The runs that a run rests on, itself last. own: those whose stages lie in its folder."""
     run = RUNS[name]
-    return [*(chain(run.after) if run.after and not run.anew else []), name]
+    before = run.after and not (own and run.anew)
+    return [*(lineage(run.after, own) if before else []), name]
 
 
 def flags_of(name: str, seed: int) -> list[str]:

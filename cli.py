@@ -88,7 +88,8 @@ def run(main) -> None:
         if isinstance(error, RuntimeError) and not TOO_LITTLE.search(str(error)):
             raise
         end(f"error: too little memory: {one_line(str(error), 200)}; ask for less at once: frames, "
-            "pixels, clips; in training --micro-batch 1, --checkpointing, --lora-rank", 1)
+            "pixels, clips; in sampling --tiling, --bf16; in training --micro-batch 1, "
+            "--checkpointing, --lora-rank", 1)
 
 
 def end(text: str, code: int):
@@ -130,22 +131,21 @@ def flush(file: Path) -> None:
 
 
 @contextmanager
-def written_aside(path: Path):
+def written_aside(path: Path, aside: Path | None = None):
     """Another name, to write `path` under, which appears whole or not at all: what fails or is
-    stopped leaves nothing, and the file that was there before."""
+    stopped leaves nothing, and the file that was there before. aside: that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_stem(f"{path.stem}.partial")
+    aside = aside or path.with_stem(f"{path.stem}.partial")
     try:
         yield aside
         flush(aside)
-        if not aside.stat().st_size:
-            raise OSError(f"{path}: nothing could be written; is the disk full?")
         aside.replace(path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:
+    except OSError as error:
+        if error.errno and not error.filename:
             error.filename = str(path)
         raise
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def check_folder(path: Path, flag: str) -> None:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from itertools import count
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from unicodedata import normalize
 
 import cli
 
@@ -31,7 +32,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="encode videos, or check the shards of a folder")
     add("shards", type=Path, nargs="?", help="check: the folder of shards")
     add("--videos", type=Path,
-        help="folder of mp4, gif, mov, webm, with captions in .txt or .jsonl files (default none)")
+        help="folder of mp4, gif, mov, webm, mkv, avi or m4v files, with captions in .txt or "
+        ".jsonl files (default none)")
     add("--base", type=Path, help="Wan pipeline folder, for its encoders (default none)")
     add("--out", type=Path, help="folder of the shards; the same command goes on (default none)")
     add("--frames", type=int, default=81, help="pixel frames, 4 n + 1 (default 81)")
@@ -70,7 +72,7 @@ import media
 from media import decode, read_clip
 from toys import SETS, draw
 
-SUFFIXES = (".mp4", ".gif", ".mov", ".webm")
+SUFFIXES = (".mp4", ".gif", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 # Of decoded videos. It may be deleted when no training runs.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nanoanyflow"
 DECODERS = 4                 # videos that are decoded at a time
@@ -100,7 +102,7 @@ def is_shards(name: str) -> bool:
 
 
 class Folder:
-    """Clips (mp4, gif, mov, webm) in a folder, each captioned by a .txt file of the same name or by
+    """Clips (of SUFFIXES) in a folder, each captioned by a .txt file of the same name or by
     a row {"file": ..., "caption": ...} of any .jsonl file there (the .txt wins).
 
     Decoded once, see `decode` and `decode_once`: PatchPCA.fps frames a second, the short side
@@ -257,6 +259,7 @@ def read_captions(folder: Path, names: set[str]) -> tuple[dict[str, str], list[s
         except UnicodeDecodeError:
             problems.append(f"{file.name}: not UTF-8 text; save it as such")
             return ""
+    known = {normalize("NFC", name): name for name in names}     # an accent may be a letter more
     for file in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(read(file).split("\n"), 1):    # no U+2028
             if not line.strip():
@@ -268,6 +271,7 @@ def read_captions(folder: Path, names: set[str]) -> tuple[dict[str, str], list[s
                 expected = '{"file": ..., "caption": ...}'
                 problems.append(f"{file.name} line {number}: expected {expected}")
                 continue
+            name = known.get(normalize("NFC", name), name)
             if name not in names:
                 problems.append(f"{file.name} line {number}: there is no clip {name!r}")
             captions[name] = caption
@@ -428,20 +432,10 @@ class ShardWriter:
         return True
 
 
-@contextmanager
 def written(path: Path):
-    """A name to write to. The file takes its own, `path`, once it is whole; half of one goes."""
-    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        yield aside
-        cli.flush(aside)
-        aside.replace(path)
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(path)
-        raise
-    finally:
-        aside.unlink(missing_ok=True)
+    """cli.written_aside, by a name of this process: several write to one folder."""
+    name = f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial"
+    return cli.written_aside(path, path.with_name(name))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -62,6 +62,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
@@ -113,8 +114,7 @@ def mean_distance(x: torch.Tensor, kinds: int = 0) -> float:
     different = distances[~same].mean()
     if not len(x) > kinds > 0:                       # no two rows are of the same kind
         return different.item()
-    alike = distances.sum() - distances[~same].sum()             # a row and itself are 0 apart
-    alike = alike / (same.sum() - len(x))
+    alike = distances[same].sum() / (same.sum() - len(x))        # a row and itself are 0 apart
     return (different + (alike - different) / kinds).item()
 
 
@@ -425,8 +425,6 @@ def draw_sheets(out: Path, pictures: dict, steps: list[int], captions: list[str]
 def labelled_sheet(models: dict, steps: list[int], captions: list[str], gap: int = 4) -> np.ndarray:
     """Frames (T, H, W, 3) of clips {model: [(prompts, T, 3, h, w) for each step count]}: a row for
     each step count; a block of columns for each model, of a column for each prompt."""
-    from PIL import Image, ImageDraw  # imageio reads and writes pictures with it
-
     grids = [to_pixels(torch.stack(clips), 64) for clips in models.values()]
     _, prompts, T, h, w, _ = grids[0].shape
     names = [textwrap.wrap(caption, w // 6) for caption in captions[:prompts]]

@@ -126,7 +126,7 @@ def read_picture(file: Path, height: int, width: int) -> torch.Tensor:
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Out of the colour space of a camera or an editor. A profile that does not fit the picture is
     ignored, as viewers do."""
-    if image.mode in ("P", "PA", "LA", "1"):
+    if image.mode in ("P", "PA", "LA", "1") or "transparency" in image.info:
         image = image.convert("RGBA")
     try:
         return ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)),
@@ -155,7 +155,7 @@ def write_clip(path: Path, video: torch.Tensor, fps: float) -> None:
     """Write one clip (T, 3, H, W), whole or not at all: .mp4 and .gif play, .png is a row of its
     frames. Raises ValueError for other names, OSError where it cannot be written."""
     if path.suffix == ".png":
-        write_picture(path, to_pixels(contact_sheet(video[None]), video.shape[-2] * 4))
+        write_picture(path, to_pixels(contact_sheet(video[None])))
     elif path.suffix in (".mp4", ".gif"):
         write_frames(path, iter(to_pixels(video)), fps)
     else:

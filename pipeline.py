@@ -280,20 +280,22 @@ def given_latents(pipeline: Pipeline, path: Path, is_image: bool, chunks) -> tor
     model makes whole clips.
     """
     length, ends = pipeline.codec.frames, chunk_ends(chunks)
-    if len(chunks) == 1 and not is_image:
+    whole_clips = len(pipeline.chunks) == 1
+    if whole_clips and not is_image:
         raise ValueError("--video: this model was trained on whole clips; use one trained with "
                          "--causal")
-    if len(chunks) == 1 and chunks[0] > 1:
+    if whole_clips and chunks[0] > 1:
         ends = [1]
     if is_image:
         video = media.read_picture(path, *sides(pipeline)).expand(length(1), -1, -1, -1)
     else:
-        most = length(max(ends, default=0)) + 1
+        most = length(max(ends, default=1)) + 1
         video = media.read_video(path, *sides(pipeline), pipeline.fps, most)
     whole = max((end for end in ends if length(end) <= len(video)), default=0)
     if not whole:
-        raise ValueError(f"{path}: {len(video)} frames at {pipeline.fps:g} a second; the first "
-                         f"chunk takes {length(chunks[0])}, and one more must be left to generate")
+        has = "a picture" if is_image else f"{len(video)} frames at {pipeline.fps:g} a second"
+        raise ValueError(f"{path}: {has}; the first of the chunks {list(chunks)} takes "
+                         f"{length(chunks[0])} frames, and one more must be left to generate")
     if length(whole) < len(video):
         print(f"{path}: its first {length(whole)} frames at {pipeline.fps:g} a second are used, "
               f"{ends.index(whole) + 1} whole chunks")

@@ -30,7 +30,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: all of the run)")
     add("--base", type=Path, help="the weights' pipeline folder, for its encoders (default none)")
     for name, default in SIZES.items():
-        add(f"--{name}", type=int, default=default,
+        add(f"--{name}", type=int, least=1, default=default,
             help=f"{'pixel frames' if name == 'frames' else 'pixels'}, for weights without a run "
             f"(default {default})")
     add("--port", type=int, default=8000, help="of the page, 0: any that is free (default 8000)")
@@ -252,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
         """Whether it is another site's: its pages have another Origin, its name is another Host.
         The port of Host may be that of a forward (ssh -L)."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        own = host.rpartition(":")[0] in ("127.0.0.1", "localhost")
+        own = host.split(":")[0] in ("127.0.0.1", "localhost")
         post = self.command == "POST"
         kind = self.headers.get("Content-Type") if post else "application/json"
         right = (own and origin in (f"http://{host}", "" if post else None)

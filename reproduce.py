@@ -50,7 +50,7 @@ def make(name: str, seed: int, device: str, before=None) -> dict:
         shutil.rmtree(folder, ignore_errors=True)        # links, not what they point to
     with cli.written_aside(folder / "settings.json") as aside:
         aside.write_text(json.dumps(settings(name, seed)[:-1]))
-    for earlier in claims.chain(name)[:-1]:
+    for earlier in claims.lineage(name, own=True)[:-1]:
         link = folder / stage_of(earlier)
         link.unlink(missing_ok=True)
         link.symlink_to(Path("..", earlier, stage_of(earlier)))
@@ -292,11 +292,12 @@ def parse(argv=None):
         help=f"only these, and what they start from (default all): {', '.join(claims.RUNS)}")
     add("--seeds", type=int, least=1, default=3, help="seeds 0 to so many less one (default 3)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--jobs", type=int, least=1, default=cores,
-        help=f"runs at a time, a core each (default all cores, {cores} here)")
+    add("--jobs", type=int, least=1,
+        help=f"runs at a time, a core each (default all cores, {cores} here; with cuda 1)")
     add("--device", type=cli.choice(("cpu", "cuda")), default="cpu", metavar="NAME",
         help="cpu or cuda, of which jobs share one (default cpu: the same bits on one machine)")
     args = parser.parse(argv)
+    args.jobs = args.jobs or (1 if args.device == "cuda" else cores)
     if (args.what == "compare") != bool(args.run):
         parser.error("compare takes the folder of a run, and nothing else does: python "
                      "reproduce.py compare runs/toy-shapes")

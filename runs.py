@@ -106,6 +106,10 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
                          "of weights (--base none: none)")
     now = settings(c)
     for place in map(Path, origins(c).values()):
+        if stage.resolve() in (place.resolve(), *place.resolve().parents):
+            raise ValueError(f"--base {c.base}: lies in the folder of the stage itself, which "
+                             "--fresh would delete. Leave --base out to go on with the stage, or "
+                             "give another --run-dir")
         if place.parent == Path(c.run_dir) and not finished(place):
             name = place.name.removeprefix("causal-")
             other = "; or give a teacher as --base" if c.stage == "flowmap" else ""

@@ -29,10 +29,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--ckpt", type=Path, help="RUN/STAGE, or Wan or AnyFlow weights (default: of --run-dir)")
     add("--base", type=Path, help="the weights' pipeline folder, for its encoders: Wan2.1 or "
         "Wan2.2-TI2V-5B (default none, for networks of the toy sets)")
-    add("--height", type=int, least=1, default=480,
-        help="pixels, for weights without a run (default 480)")
-    add("--width", type=int, least=1, default=832,
-        help="pixels, for weights without a run (default 832)")
+    add("--height", type=int, least=1,
+        help="pixels, for weights without a run (default 480, or as trained)")
+    add("--width", type=int, least=1,
+        help="pixels, for weights without a run (default 832, or as trained)")
     add("--stage", type=cli.choice(STAGES), metavar="NAME",
         help="pretrain, flowmap or distill (default: the furthest that is finished)")
     add("--steps", type=int, least=1, default=4,
@@ -76,13 +76,15 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def check(args) -> None:
     """Raises ValueError for what is wrong whatever the weights are."""
+    if args.prompts and args.prompts.suffix == ".jsonl":
+        raise ValueError(f"--prompts {args.prompts}: give a prompt a line, or a list as .json")
     if args.prompts and not args.prompts.is_file():
         raise ValueError(f"--prompts {args.prompts}: no such file")
     if not args.prompt and not args.prompts:
         raise ValueError('no prompt: give --prompt "..." or --prompts FILE')
     for pair in (("ckpt", "run_dir"), ("ckpt", "stage"), ("ckpt", "causal"), ("image", "video"),
-                 ("save_latents", "sheet"), ("stream", "save_latents"), ("stream", "sheet"),
-                 ("stream", "vbench"), ("stream", "tiling")):
+                 ("save_latents", "sheet"), ("save_latents", "vbench"), ("stream", "save_latents"),
+                 ("stream", "sheet"), ("stream", "vbench"), ("stream", "tiling")):
         if all(getattr(args, name) for name in pair):
             names = (f"--{name.replace('_', '-')}" for name in pair)
             raise ValueError(f"{' and '.join(names)}: give one of them")
@@ -98,9 +100,10 @@ def check(args) -> None:
     for flag, path in (("--out", None if args.vbench else args.out), ("--sheet", args.sheet)):
         if path and path.is_dir():
             raise ValueError(f"{flag} {path}: is a folder; give the name of a file")
-    cli.check_folder(args.out if args.vbench else args.out.parent, "--out")
     if args.save_latents:
         cli.check_folder(args.save_latents, "--save-latents")
+    else:
+        cli.check_folder(args.out if args.vbench else args.out.parent, "--out")
     if args.sheet:
         cli.check_folder(args.sheet.parent, "--sheet")
 
@@ -213,8 +216,11 @@ def main(argv=None) -> None:
     if world.size > 1 and (args.stream or args.sheet):
         raise ValueError(f"--{'stream' if args.stream else 'sheet'} is for one process: leave "
                          f"torchrun out")
-    pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height,
-                             args.width, args.tiling, args.bf16, args.chunks)
+    if (args.height or args.width) and runs.finished(stage):
+        raise ValueError(f"--height, --width: {stage} makes clips of the size that it was trained "
+                         "with; leave them out")
+    pipeline = load_pipeline(stage, world.device, args.base, args.frames or 81, args.height or 480,
+                             args.width or 832, args.tiling, args.bf16, args.chunks)
     grid = times or flowmap.time_grid(args.steps, args.shift or pipeline.config["shift"])
     options = sampling_options(args, pipeline, stage)
     if args.stream:
@@ -275,8 +281,7 @@ def write_clips(args, stage, world, pipeline, captions, seeds, grid, options: di
             made.append(clips)
     if made:
         sheet = torch.cat(made)                                  # (clips, T, 3, H, W)
-        height = 4 * sheet.shape[-2] * len(sheet)
-        write_picture(args.sheet, to_pixels(contact_sheet(sheet), height))
+        write_picture(args.sheet, to_pixels(contact_sheet(sheet), 128 * len(sheet)))
         print(args.sheet)
 
 

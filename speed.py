@@ -5,6 +5,7 @@ What is compared is measured in one run, in turn, and given as medians.
 """
 import gc
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -321,6 +322,7 @@ def gpu(cases: list, others: list, world, compiled) -> list[dict]:
     def row(what, seconds, flop, **more):
         rows.append({"what": what, "seconds": seconds, "tflop": flop / 1e12,
                      "utilisation": flop / seconds / best} | more)
+        print(f"{what}: {seconds:.3f} s", file=sys.stderr, flush=True)   # should a later one fail
     for on in compiled:
         kind = ", compiled" if on else ""
         for name, config, shape in others:

@@ -743,3 +743,11 @@ def test_a_caption_may_hold_any_character_of_json(tmp_path):
     (tmp_path / "all.jsonl").write_text(row + "\n", encoding="utf-8")
     _, (caption,) = Folder(tmp_path, 4, 16).clips(range(1))
     assert caption.split() == ["red", "blue", "green"]
+
+
+def test_a_name_may_spell_its_accents_otherwise_than_its_row(tmp_path):
+    imageio.imwrite(tmp_path / "a.mp4", np.zeros((8, 16, 16, 3), np.uint8), fps=8)
+    (tmp_path / "a.mp4").rename(tmp_path / "e\u0301.mkv")        # as archives of a Mac have it
+    row = json.dumps({"file": "\u00e9.mkv", "caption": "dark"})
+    (tmp_path / "all.jsonl").write_text(row, encoding="utf-8")
+    assert Folder(tmp_path, 4, 16).captions == ["dark"]

@@ -19,7 +19,7 @@ import updates
 import wan
 from cache import Context, teacher_forced
 from checkpoint import Tensors
-from config import Config
+from config import Config, parse_config
 from model import PRESETS, FlowMapDiT
 
 CONFIG = replace(PRESETS["tiny"], compressed=True)
@@ -220,6 +220,14 @@ def test_a_run_of_adapters_from_base_to_clip(tmp_path):
     assert all(t.shape[1 if name.endswith(".up") else 0] == 3 for name, t in tensors.items())
     assert any(tensor.any() for name, tensor in tensors.items() if name.endswith(".up"))
     stage = tmp_path / "run" / "distill"
+    c = parse_config(["--stage", "distill", "--run-dir", str(tmp_path / "run")])
+    weights, world = networks.find_weights(c), distributed.World(0, 1, torch.device("cpu"))
+    nets = networks.build(c, weights.config, world, weights.below)
+    networks.fill(nets, weights, c, world)
+    for name, of in (("student", "flowmap"), ("teacher", "pretrain"), ("fake", "pretrain")):
+        expected = checkpoint.load_model(tmp_path / "run" / of)[1]
+        for key, p in nets[name].named_parameters():
+            assert torch.equal(p, expected[key]), (name, key)
 
     def clip():
         net = pipeline.load_pipeline(stage)

@@ -444,6 +444,12 @@ def test_shards_of_a_teacher_hold_the_prompt_of_each_clip(finished, tmp_path):
         assert torch.equal(text[row], teacher.words([prompt])[0].bfloat16().float())
 
 
+def test_a_row_of_frames_is_magnified_where_they_are_small_alone(tmp_path):
+    for side, height in ((16, 18 * 7), (200, 202)):
+        media.write_clip(tmp_path / "clip.png", torch.zeros(2, 3, side, side), 8)
+        assert iio.imread(tmp_path / "clip.png").shape == (height, 2 * height, 3)
+
+
 def test_pixels_have_their_colours_and_a_gif_its_pace(tmp_path):
     orange = torch.tensor([1.0, 0.0, -1.0])[:, None, None].expand(3, 2, 2)
     assert media.to_pixels(orange, 2)[0, 0].tolist() == [255, 128, 0]

@@ -225,3 +225,20 @@ def test_in_bf16_times_keep_their_digits_and_gradients_are_summed_in_fp32(monkey
     assert torch.equal(times[0].view(-1), t)
     grad = net.head.weight.grad.full_tensor()        # two bf16 gradients, summed in fp32
     assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
+
+
+@pytest.mark.parametrize("over, local, shape", [("node", "2", (3, 2)), ("node", "6", (6,)),
+                                                ("all", "2", (6,))])
+def test_weights_are_sharded_in_a_node_and_copied_between_nodes(over, local, shape, monkeypatch):
+    """Of six processes; FSDP2 shards over the last axis of a mesh and copies over the first."""
+    meshes = []
+
+    def mesh(device, shape, mesh_dim_names):
+        meshes.append(shape)
+        raise InterruptedError
+    monkeypatch.setattr(distributed, "init_device_mesh", mesh)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    world = distributed.World(0, 6, torch.device("cpu"))
+    with pytest.raises(InterruptedError):
+        distributed.shard(torch.nn.Linear(1, 1), world, False, over)
+    assert meshes == [shape]

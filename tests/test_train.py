@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import checkpoint
 import config
 import distributed
+import dmd
 import encoders
 import meanflow
 import model
@@ -341,6 +342,13 @@ def test_a_global_batch_of_one_trains(finished, tmp_path):
         assert all(value == value for row in found for value in row.values())
 
 
+def test_a_fake_score_that_is_no_number_ends_the_run(finished, tmp_path, monkeypatch):
+    run, original = linked(finished, tmp_path / "run", "distill"), dmd.fake_score_error
+    monkeypatch.setattr(dmd, "fake_score_error", lambda *args: original(*args) * torch.nan)
+    with pytest.raises(SystemExit, match="2 non-finite gradients in a row.*--fake-lr"):
+        trained(run, "distill", "--max-skips", "2")
+
+
 def test_non_finite_updates_change_nothing_and_end_the_run(finished, tmp_path, monkeypatch):
     run, calls = linked(finished, tmp_path / "run", "flowmap"), [0]
     original = meanflow.meanflow_error
@@ -486,7 +494,8 @@ def test_dmd_has_the_guidance_of_the_flow_map_unless_told(tmp_path):
 def test_help_names_the_default_where_it_comes_from():
     text = {field.name: config.default_text(field) for field in fields(Config)}
     assert text["flow_times"] == "default either"
-    assert text["tangent_warmup"].endswith("flowmap 500, distill 0, causal flowmap 0")
+    assert text["tangent_warmup"] == "default flowmap 500, causal flowmap 0"
+    assert text["cotrain"] == "default 4.0"
     assert text["guidance"] == "default 1.0"
     assert text["steps"].startswith("default pretrain 12000, flowmap 2200, distill 990, causal")
 

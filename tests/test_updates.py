@@ -377,10 +377,12 @@ def gradients_of(network):
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("rollout", ["flow-map", "consistency"])
+@pytest.mark.parametrize("rollout, chunks", [("flow-map", ""), ("consistency", ""),
+                                             ("flow-map", "1,3"), ("flow-map", "4")])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_chunk_by_chunk_the_gradient_is_that_of_the_whole_graph(rollout, checkpointing):
-    c = settings("distill", causal=True, rollout=rollout, checkpointing=checkpointing)
+def test_chunk_by_chunk_the_gradient_is_that_of_the_whole_graph(rollout, chunks, checkpointing):
+    c = settings("distill", causal=True, rollout=rollout, chunks=chunks,
+                 checkpointing=checkpointing)
     batch, student = updates.draw_batch(c, Source(), WORLD, 1, 0), random_networks(c)["student"]
     gradient = torch.randn(batch.x.shape, generator=distributed.generator("gradient"))
     chunks = list(updates.roll_out(student, batch, batch.rollout, c, graph="all"))
@@ -389,9 +391,10 @@ def test_chunk_by_chunk_the_gradient_is_that_of_the_whole_graph(rollout, checkpo
     whole = gradients_of(student)
     student.zero_grad()
     chunks = list(updates.roll_out(student, batch, batch.rollout, c, graph="last"))
-    assert [chunk.requires_grad for chunk in chunks] == [False, False, False, True]
+    *earlier, last = [chunk.requires_grad for chunk in chunks]
+    assert last and not any(earlier)
     z_0 = torch.cat([chunk.detach() for chunk in chunks], 1)
-    train.backward_chunks(chunks.pop(), z_0, gradient, batch, student, True, c, WORLD)
+    train.backward_chunks(chunks[-1], z_0, gradient, batch, student, True, c, WORLD)
     assert (gradients_of(student) - whole).norm() < 1e-5 * whole.norm() and whole.norm() > 0.1
 
 
@@ -463,6 +466,23 @@ def test_ranks_ask_for_u_0_together_and_it_changes_nothing():
     silent = replace(asks, guided_rows=asks.guided_rows[:0])
     errors = [updates.flow_map_error(student, batch, c) for batch in (asks, silent)]
     torch.testing.assert_close(*errors, rtol=0, atol=0)
+
+
+def test_ranks_differentiate_together_and_it_changes_nothing():
+    """Also where one rank of two has r = t alone and the other r < t alone."""
+    c = replace(settings("flowmap"), batch_size=2, micro_batch=1, text_drop=0.0)
+    student, made, errors = random_networks(c)["student"], [], []
+    for rank in (0, 1):
+        world = distributed.World(rank, 2, WORLD.device)
+        batch, calls = updates.draw_batch(c, Source(), world, 0, 0), []
+        network = Recorded("student", student, calls, batch)
+        errors.append(updates.flow_map_error(network, batch, c))
+        made.append([(call.method, call.gradient) for call in calls])
+        if rank == 0:
+            assert batch.roles == (1, 0, 0)
+            alone = updates.flow_map_error(student, replace(batch, some_gap=False), c)
+    assert batch.roles[0] == 0 and made[0] == made[1]
+    torch.testing.assert_close(errors[0], alone, rtol=0, atol=0)
 
 
 # --- what is drawn

@@ -1,5 +1,5 @@
 """The network u(z, t, r, context): the average velocity over [r, t] of a video's latents
-(docs/method.md, The network and its two times).
+(docs/method.md, 2).
 
 A Wan2.1-style diffusion transformer whose time embedding takes two times, so that one set of
 weights answers both "which way does the flow point at t" (r = t) and "what is the mean velocity

@@ -53,9 +53,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--micro-steps", type=int, least=1, default=2,
         help="plan: micro-batches an update; more than 2 take what 2 take (default 2)")
     add("--frames", type=int, least=1, default=81,
-        help="plan, flops, gpu: pixel frames (default 81)")
+        help="plan, flops, gpu, costs: pixel frames (default 81)")
     add("--height", type=int, least=1, default=480,
-        help="plan, flops, gpu, peers: pixels (default 480)")
+        help="plan, flops, gpu, peers, costs: pixels (default 480)")
     add("--width", type=int, least=1, default=832, help="as --height (default 832)")
     args = parser.parse(argv)
     if args.what in ("check", "peers") and not os.path.exists("/proc/self/clear_refs"):
@@ -229,7 +229,8 @@ def peers_main(args) -> None:
 
 def costs_main(args) -> None:
     world = distributed.start(args.device)
-    case = case_of(args, "flowmap", 0)
+    for args.causal in (False, True):                # of a wrong size before what takes minutes
+        case = case_of(args, "flowmap", 0)
     for what, ratio in speed.costs(case.config, case.shape, args.preset, args.repeats, world):
         print(f"{ratio:6.2f} x  {what}", flush=True)
     for what, ratio in speed.late_chunks(args.repeats, world.device):

@@ -21,7 +21,7 @@ COUNT = 480                  # clips that a model makes at each step count
 class Run:
     stage: str               # "": the run before it is measured again, with flags of eval.py
     after: str               # the run that it starts from
-    flags: str               # of train.py
+    flags: str               # of train.py, or else of eval.py
     samplers: tuple = ("euler",)
     steps: str = "1,2,4,8,16,32"
     seeds: int = 1000        # at most
@@ -118,8 +118,8 @@ SHOWN = ("teacher", "flowmap", "student", "student-no-cotraining",
          *(name for name in RUNS if name.startswith("broken")))
 
 # Each rule is evaluated as it stands, seed by seed: ed, ed_teach and acc of a run at so many steps;
-# sd, that of ed over the seeds; best, the least ed; drift, the Frechet distance of the last chunk
-# over that of the second.
+# sd, over the seeds, of ed if no other is named; best, the least ed; drift, the Frechet distance of
+# the last chunk over that of the second.
 CLAIMS = [
     ("a", "any-step: 32 steps of the student are no worse than 4",
      "ed('student', 32) <= ed('student', 4) + sd('student', 4)"),
@@ -261,11 +261,12 @@ def flag_parser() -> cli.Parser:
 def settings(name: str, seed: int) -> list[dict]:
     """Those of each stage of the lineage, as config.parse_config would find them, and how the last
     one is measured."""
-    found, measured = [], {}
+    found, run = [], RUNS[name]
+    measured = {"count": COUNT, "sampled": run.steps, "samplers": list(run.samplers)}
+    measured |= {} if run.stage else {"flags": run.flags}
     for part in lineage(name):
         run = RUNS[part]
         if not run.stage:
-            measured = {"flags": run.flags}
             continue
         given = vars(flag_parser().parse(flags_of(part, seed)))
         given |= {"stage": run.stage, "seed": seed}
@@ -275,7 +276,6 @@ def settings(name: str, seed: int) -> list[dict]:
         told = asdict(Config()) | with_recipe(run.stage, Config.preset, causal, given)
         found.append({key: value for key, value in told.items()
                       if key in ("steps", "lr", "fake_lr") or key not in CHANGEABLE})
-    measured |= {"count": COUNT, "sampled": run.steps, "samplers": list(run.samplers)}
     return [*found, measured]
 
 

@@ -271,7 +271,8 @@ def read_captions(folder: Path, names: set[str]) -> tuple[dict[str, str], list[s
                 expected = '{"file": ..., "caption": ...}'
                 problems.append(f"{file.name} line {number}: expected {expected}")
                 continue
-            name = known.get(normalize("NFC", name), name)
+            if name not in names:
+                name = known.get(normalize("NFC", name), name)
             if name not in names:
                 problems.append(f"{file.name} line {number}: there is no clip {name!r}")
             captions[name] = caption

@@ -30,7 +30,7 @@ BEFORE = {"pretrain": (), "flowmap": ("pretrain",), "distill": ("pretrain", "flo
 FOLDERS = tuple(BEFORE)
 CAUSAL = ("--causal", "--full-chunks", "2", "--checkpointing")
 STATE = "shard-00001-model-00001-of-00001.safetensors"      # of a checkpoint by one process
-# With the second, a restart finds no addresses of the processes before it (README).
+# With the second, a restart finds no addresses of the processes before it (docs/scale.md).
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -94,7 +94,7 @@ def happen(event: str, world, file: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if event == "full disk" and world.rank == 1:
         checkpoint.sync = no_space
-    if event == "SIGUSR1 to the workers" and world.rank == 0:    # as in README's SLURM script
+    if event == "SIGUSR1 to the workers" and world.rank == 0:    # as in docs/scale.md
         signal_all(file, signal.SIGUSR1, "-u")
     if event == "SIGTERM to torchrun" and world.rank == 0:
         os.kill(os.getppid(), signal.SIGTERM)

@@ -193,8 +193,9 @@ def tables() -> None:
             print("no figures: they need matplotlib (pip install matplotlib)")
     lines += ["## Claims", "", "A rule is evaluated as it stands, seed by seed. A claim holds if "
               "it is true, and does not hold if it is false, in each of at least three seeds; "
-              "anything else is inconclusive. `sd`: standard deviation over seeds, of ed if no other "
-              "is named; `best`: the least ed; `drift`: Frechet distance of the last chunk over the second's.", "",
+              "anything else is inconclusive. `sd`: standard deviation over seeds, of ed if no "
+              "other is named; `best`: the least ed; `drift`: Frechet distance of the last chunk "
+              "over the second's.", "",
               "| | claim | rule | left : right, by seed | |", "|---|---|---|---|---|"]
     for letter, text, rule in claims.CLAIMS:
         verdict, sides = claims.judged(found, rule)

@@ -374,3 +374,10 @@ def test_command_line(capsys):
         with pytest.raises(SystemExit):
             cli.run(partial(bench.main, ["plan", *flags.split()]))
         assert message in capsys.readouterr().err
+
+
+def test_traffic_is_what_comes_from_other_processes():
+    gpus = 4
+    found, count = plan.memory(replace(TINY, gpus=gpus)), parameters(gpus, second_time=False)
+    assert found["gathered"] == 2 * 4 * count * (gpus - 1)
+    assert found["reduced"] == 4 * count * (gpus - 1)

@@ -10,6 +10,7 @@ import threading
 import time
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
@@ -20,11 +21,12 @@ from PIL import Image, ImageCms
 from safetensors.torch import load_file
 
 import data as data_module
+import encoders
 import eval as evaluation
 import media
 import stages
 from config import parse_config
-from data import Folder, Shards, ShardWriter, open_data
+from data import Folder, Shards, ShardWriter, open_data, shuffled
 from encoders import PatchPCA, Words, in_parts
 from toys import DIRECTIONS, SETS
 
@@ -751,3 +753,37 @@ def test_a_name_may_spell_its_accents_otherwise_than_its_row(tmp_path):
     row = json.dumps({"file": "\u00e9.mkv", "caption": "dark"})
     (tmp_path / "all.jsonl").write_text(row, encoding="utf-8")
     assert Folder(tmp_path, 4, 16).captions == ["dark"]
+
+
+def test_clips_are_brought_to_the_rate_that_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.txt").write_text("a ball")
+    codec = SimpleNamespace(fps=16, stride=4, pixels=8)
+    monkeypatch.setattr(encoders, "WanCodec", lambda *args: codec)
+    monkeypatch.setattr(encoders, "WanText", lambda *args: SimpleNamespace(prepare=print))
+
+    def read(file, frames, height, width, fps):
+        assert (frames, height, width, fps) == (5, 32, 64, 8)
+        raise InterruptedError
+    monkeypatch.setattr(data_module, "read_clip", read)
+    with pytest.raises(InterruptedError):
+        data_module.main(["encode", "--videos", str(tmp_path), "--base", str(tmp_path), "--out",
+                          str(tmp_path / "o"), "--fps", "8", "--frames", "5", "--height", "32",
+                          "--width", "64"])
+
+
+@pytest.mark.parametrize("frames, size", [(8, 16), (21, 64)])
+def test_a_digit_travels_a_quarter_of_the_picture(frames, size):
+    digits = open_data("digits", frames, size)
+    ink = (digits.clips(range(40), captions=digits.captions)[0].amax(2) + 1) / 2
+    mass, pixel = ink.sum((2, 3)), torch.arange(size) + 0.5
+    centre = torch.stack([ink.sum(2) @ pixel, ink.sum(3) @ pixel], -1) / mass[..., None]
+    assert torch.allclose((centre[:, -1] - centre[:, 0]).norm(dim=1),
+                          torch.tensor(size / 4), atol=size / 64)
+    assert (mass.std(1) / mass.mean(1)).max() < 0.05             # nothing is cut off on the way
+
+
+def test_the_order_of_an_epoch_is_that_of_its_seed():
+    orders = {tuple(shuffled(range(first, first + 20), seed, 20))
+              for seed in (0, 1, 2) for first in (0, 20)}
+    assert len(orders) == 6 and all(sorted(order) == list(range(20)) for order in orders)

@@ -644,3 +644,16 @@ def test_the_page_makes_clips_of_wan_weights_in_any_words_step_by_step(base, mon
     sample.main(shlex.split(events[-1]["command"])[2:])
     assert made[0].shape == (5, 3, 32, 64)
     assert play.pictures(made[0]) == events[-1]["frames"]
+
+
+def test_a_prompt_is_cleaned_as_for_wan():
+    pytest.importorskip("ftfy")
+    seen, words = [], object.__new__(encoders.WanText)
+
+    def tokenizer(texts, **options):
+        seen.extend(texts)
+        raise InterruptedError
+    words.tokenizer, words.length = tokenizer, 8
+    with pytest.raises(InterruptedError):
+        words.encode(" a  caf\u00c3\u00a9 &amp;amp;\n bar ")
+    assert seen == ["a caf\u00e9 & bar"]

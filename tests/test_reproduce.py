@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import shutil
+import time
 from itertools import product
 from zlib import crc32
 
@@ -272,3 +273,32 @@ def test_compare_draws_a_run_over_healthy_records(tmp_path, monkeypatch):
         reproduce.compare(tmp_path)
     with pytest.raises(ValueError, match="no log.jsonl"):
         reproduce.compare(tmp_path / "pretrain")
+
+
+def test_a_run_waits_for_that_of_its_own_seed(monkeypatch):
+    two = {"a": Run("pretrain", "", ""), "b": Run("flowmap", "a", "")}
+    monkeypatch.setattr(claims, "RUNS", two)
+    monkeypatch.setattr(reproduce, "missing", lambda names, seed: list(names))
+    monkeypatch.setattr(reproduce, "tables", lambda: None)
+    ended = []
+
+    def make(name, seed, device, before):
+        if before:
+            before.result()
+        time.sleep(0.2 * seed * (name == "a"))
+        ended.append((name, seed))
+        return {"name": name, "seed": seed, "seconds": 0}
+    monkeypatch.setattr(reproduce, "make", make)
+    reproduce.run_all(["a", "b"], [0, 1], 4, "cpu")
+    assert ended.index(("a", 1)) < ended.index(("b", 1))
+
+
+def test_a_run_is_trained_with_its_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "FOLDER", tmp_path)
+    monkeypatch.setattr(reproduce, "finished", lambda *run: True)
+    monkeypatch.setattr(reproduce, "record_of", lambda *run: {"seed": 2})
+    told = []
+    monkeypatch.setattr(reproduce, "script", lambda folder, *words: told.append(words))
+    reproduce.make("teacher", 2, "cpu")
+    (words,) = told
+    assert words[words.index("--seed") + 1] == 2

@@ -76,12 +76,12 @@ def test_clips_are_written(finished, tmp_path, name):
     sheet = tmp_path / "sheet.png"
     sample.main(["--run-dir", str(finished), "--prompt", PROMPTS[0], "--prompt", PROMPTS[1],
                  "--out", str(tmp_path / "deep" / name), "--sheet", str(sheet), "--steps", "3"])
-    # Clips of 16 x 16 are magnified 8 times; a row of 8 frames with gaps of 2, 18 x 144, 3 times.
-    expected = (54, 432, 3) if name == "clip.png" else (8, 128, 128, 3)
+    # Clips of 16 x 16 are magnified 8 times; a row of 8 frames with gaps of 2, 18 x 144, 7 times.
+    expected = (126, 1008, 3) if name == "clip.png" else (8, 128, 128, 3)
     for i in range(2):
         file = tmp_path / "deep" / name.replace("clip", f"clip-{i:03d}")
         assert iio.imread(file).shape == expected
-    assert iio.imread(sheet).shape == (108, 432, 3)
+    assert iio.imread(sheet).shape == (252, 1008, 3)
 
 
 @pytest.mark.parametrize("stage", sorted(sample.SHIPPED.glob("*/model.safetensors")))
@@ -568,3 +568,57 @@ def test_figures_of_other_runs_are_kept_beside_them(finished, monkeypatch):
         with pytest.raises(ValueError) as error:
             evaluation.main(words)
         assert str(error.value) == f"in {finished / 'eval'}"
+
+
+def test_models_that_are_shipped_know_their_words():
+    """The vectors of words are part of what was trained."""
+    shipped, shapes = pipeline.load_pipeline(sample.SHIPPED / "distill"), data.open_data("shapes")
+    captions = shapes.captions[::3]
+    clips = pipeline.generate(shipped, captions, list(range(16)), [1.0, 0.9, 0.6, 0.0])
+    assert evaluation.accuracy(shapes, clips, captions)["all"] >= 0.75
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--steps", "2", "--shift", "3"], [1.0, 0.75, 0.0]), (["--grid", "1,0.6,0.2,0"],
+                                                           [1.0, 0.6, 0.2, 0.0])])
+def test_a_clip_is_made_on_the_grid_that_is_asked_for(monkeypatch, flags, expected):
+    grids = []
+    monkeypatch.setattr(sample, "write_clips", lambda *args: grids.append(args[-2]))
+    sample.main(["--ckpt", str(sample.SHIPPED / "distill"), "--prompt", PROMPTS[0], *flags])
+    assert grids == [pytest.approx(expected)]
+
+
+def test_a_longer_clip_goes_on_with_the_longest_chunk():
+    codec = SimpleNamespace(frames=lambda n: 4 * n - 3)
+    released = SimpleNamespace(chunks=(1, 3, 3, 2), codec=codec)
+    assert pipeline.chunks_for(released, 34) == (1, 3, 3, 2, 3)
+    assert pipeline.chunks_for(released, 25) == (1, 3, 3)
+
+
+def test_error_bars_are_the_deviation_of_a_sample(tmp_path, monkeypatch):
+    axes, bars = pytest.importorskip("matplotlib.axes").Axes, []
+    errorbar = axes.errorbar
+    monkeypatch.setattr(axes, "errorbar", lambda *args, **more: bars.append(more["yerr"])
+                        or errorbar(*args, **more))
+    rows = [{"model": "m", "steps": n, "ed": ed} for n, ed in ((1, 1.0), (1, 3.0), (2, 5.0))]
+    assert evaluation.draw_figure(tmp_path / "curve.png", rows)
+    assert bars == [pytest.approx([2**0.5, 0])]
+
+
+def test_there_is_no_prompt_at_the_end_of_a_clip():
+    causal = pipeline.load_pipeline(sample.SHIPPED / "causal-distill")
+    for m in (len(causal.chunks) - 1, len(causal.chunks)):
+        args = sample.parse_args(["--prompt", "a", "--prompt-at", str(m), "a"])
+        if m < len(causal.chunks):
+            sample.sampling_options(args, causal, "stage")
+    with pytest.raises(ValueError, match="counted from 0"):
+        sample.sampling_options(args, causal, "stage")
+
+
+def test_every_clip_keeps_its_own_given_frames():
+    few = replace(pipeline.load_pipeline(sample.SHIPPED / "distill"), batch=2)
+    clips = data.open_data("shapes").clips(range(3))[0]
+    given = few.codec.encode(clips)[:, :1]
+    made = pipeline.generate(few, [PROMPTS[0]] * 3, [0, 1, 2], [1.0, 0.0],
+                             given=given)
+    torch.testing.assert_close(made[:, :2], few.codec.decode(given))

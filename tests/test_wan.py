@@ -380,3 +380,17 @@ def test_an_export_keeps_shift_and_gate(tmp_path):
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["shift"] == 3.0 and wan.load(folder)[0] == config
     assert wan.read_record(folder, config)["config"]["shift"] == 3.0
+
+
+def test_heads_are_128_wide_where_nothing_says_otherwise(tmp_path):
+    config = replace(PLAIN, dim=256, heads=2, layers=1)
+    save_file(renamed(config, "wan"), tmp_path / "weights.safetensors")
+    assert wan.load(tmp_path)[0] == config
+
+
+def test_weights_that_changed_anywhere_have_another_fingerprint(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(2**20)}, file)                   # 4 MB, read in part
+    before = wan.fingerprint(file)
+    save_file({"a": (torch.arange(2**20) >= 2**19).float()}, file)
+    assert wan.fingerprint(file) != before

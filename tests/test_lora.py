@@ -362,3 +362,16 @@ def test_adapters_of_different_bases_do_not_mix(tmp_path, monkeypatch):
     (tmp_path / "run").rename(tmp_path / "moved")              # with the base that is inside
     monkeypatch.chdir(tmp_path)
     trained("moved", "distill", steps=1)
+
+
+def test_a_fresh_adapter_is_even_around_zero_and_no_two_layers_start_alike():
+    net = FlowMapDiT(PRESETS["tiny"])
+    lora.add_adapter(net, "new", 4, 8.0)
+    base = {name: p for name, p in net.named_parameters() if ".adapters." not in name}
+    makers = lora.fresh_adapter(lora.Adapted(net, "new"), base, partial(distributed.generator, 0))
+    downs = [make() for name, make in makers.items() if name.endswith(".down")]
+    for down in downs:
+        scaled = down * down.shape[1] ** 0.5                 # uniform in (-1, 1)
+        assert abs(scaled.mean()) < 4 * (1 / 3 / down.numel()) ** 0.5
+    alike = [torch.equal(a, b) for i, a in enumerate(downs) for b in downs[:i]]
+    assert alike and not any(alike)

@@ -362,3 +362,10 @@ def test_the_target_has_no_gradient(derivative):
     z_t, v = 1.8, 1.0
     F, target = z_t * 0.8, v - 0.6 * (z_t + 0.8 * v)             # u = z t along dz / dt = v
     assert gradient.item() == pytest.approx(2 * (F - target) * z_t * 0.8, rel=1e-3)
+
+
+def test_a_sample_that_the_teacher_leaves_as_it_is_has_a_finite_gradient():
+    z = torch.randn(3, 4)
+    still, other = lambda z, t, r: torch.zeros_like(z), lambda z, t, r: torch.ones_like(z)
+    for fake in (still, other):
+        assert dmd.dmd_gradient(z, z, torch.tensor([0.0, 1e-8, 0.0]), still, fake).isfinite().all()

@@ -163,3 +163,11 @@ def test_in_bf16_small_differences_survive_where_no_backward_pass_comes():
         error = (kept - expected).norm()
         assert error < 0.25 * (rounded - expected).norm()
         assert error < 0.1 * expected.norm()
+
+
+def test_late_frames_are_turned_as_exactly_as_early_ones():
+    """Of a video without end: position x frequency in fp32 would lose digits."""
+    late, step = model.axis_rotations(torch.tensor([20_001, 40_003]), 22)
+    late, step = torch.view_as_complex(late), torch.view_as_complex(step)
+    one, = torch.view_as_complex(model.axis_rotations(torch.tensor([1]), 22))
+    assert (late**2 * one - step).abs().max() < 1e-6

@@ -3,7 +3,8 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from itertools import product
 
 import pytest
 import safetensors.torch
@@ -639,3 +640,42 @@ def test_help_names_the_choices(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help"])
     assert "--time-weight {beta,uniform,normal}" in capsys.readouterr().out
+
+
+def test_a_new_rank_has_its_own_alpha(tmp_path):
+    (tmp_path / "pretrain").mkdir()
+    before = asdict(Config(lora_rank=256, lora_alpha=256.0))
+    (tmp_path / "pretrain" / "config.json").write_text(json.dumps({"config": before}))
+    words = ["--stage", "flowmap", "--run-dir", str(tmp_path)]
+    for flags, expected in (([], (256, 256)), (["--lora-rank", "64"], (64, 64)),
+                            (["--lora-rank", "64", "--lora-alpha", "9"], (64, 9))):
+        c = parse_config([*words, *flags])
+        assert (c.lora_rank, c.lora_alpha) == expected
+
+
+@pytest.mark.parametrize("name, value", [("frames", 16), ("size", 32), ("shift", 3.0),
+                                         ("guidance", 3.0)])
+def test_a_base_of_other_settings_is_named(tmp_path, name, value, capsys):
+    then = asdict(replace(Config(guidance=1.0), **{name: value}))    # 1: the toy recipe's
+    (tmp_path / "config.json").write_text(json.dumps({"config": then}))
+    (tmp_path / "model.safetensors").touch()
+    words = ["--base", str(tmp_path), "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        parse_config(words)
+    assert f"was trained with --{name} {value}" in capsys.readouterr().err
+    assert getattr(parse_config([*words, f"--{name}", str(value)]), name) == value
+
+
+def test_the_released_recipe_of_every_wan_but_the_largest_is_one():
+    for stage, causal in product(config.STAGES, (False, True)):
+        small, middle = (config.recipe(f"wan-{size}", stage, causal) for size in ("1.3b", "5b"))
+        assert small == middle
+
+
+def test_what_the_machine_needs_may_change_when_a_stage_goes_on():
+    begun = asdict(Config())
+    for name in ("steps", "lr", "fake_lr", "micro_batch", "device", "checkpointing", "shard",
+                 "compile", "deterministic", "save_every", "log_every", "max_skips"):
+        assert not runs.change_between(begun, begun | {name: "another"}), name
+    for name in ("seed", "batch_size", "guidance", "budgets", "lora_rank", "ema_decay"):
+        assert name in runs.change_between(begun, begun | {name: "another"})

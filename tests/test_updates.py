@@ -613,3 +613,24 @@ def test_each_network_is_stepped_at_its_own_rate(monkeypatch):
         (lr, clip, part.optimizer.param_groups[0]["betas"])) or 1.0)
     one_update(settings("distill", lr=0.1, fake_lr=0.3, warmup=4, clip=2.0, beta1=0.1, beta2=0.2))
     assert steps == [(pytest.approx(lr), 2.0, (0.1, 0.2)) for lr in (0.05, 0.15)]
+
+
+def test_a_budget_that_is_named_twice_is_drawn_twice_as_often():
+    c = replace(settings("distill"), budgets="1,1,2")
+    drawn = [updates.draw_rollout(c, (1, 1, 1, 1), key, [0]) for key in range(600)]
+    assert sum(len(rollout.grid) == 2 for rollout in drawn) / 600 == pytest.approx(2 / 3, abs=0.08)
+
+
+def test_whole_clips_are_in_the_asked_fraction_of_updates():
+    c = replace(settings("flowmap", causal=True, bidirectional_fraction=0.25), batch_size=1)
+    found = [updates.draw_batch(c, Dots(), WORLD, step, 0).whole_t is not None
+             for step in range(400)]
+    assert sum(found) / 400 == pytest.approx(0.25, abs=0.08)
+
+
+def test_the_time_weight_of_an_update_has_mean_one_for_any_share_of_flow_matching():
+    c = replace(settings("flowmap"), batch_size=100_000, flow_times="either", flow_fraction=0.3)
+    t, _ = flowmap.flow_map_times(distributed.generator("share"), c.batch_size, c.shift,
+                                  c.flow_fraction, c.consistency_fraction, c.flow_times)
+    weight = flowmap.time_weight(t.double(), c.time_weight, c.shift, c.either_share)
+    assert weight.mean().item() == pytest.approx(1, abs=0.01)

@@ -261,9 +261,10 @@ def flag_parser() -> cli.Parser:
 def settings(name: str, seed: int) -> list[dict]:
     """Those of each stage of the lineage, as config.parse_config would find them, and how the last
     one is measured."""
-    found, run = [], RUNS[name]
-    measured = {"count": COUNT, "sampled": run.steps, "samplers": list(run.samplers)}
-    measured |= {} if run.stage else {"flags": run.flags}
+    found, last = [], RUNS[name]
+    measured = {"count": COUNT, "sampled": last.steps, "samplers": list(last.samplers)}
+    if not last.stage:
+        measured["flags"] = last.flags
     for part in lineage(name):
         run = RUNS[part]
         if not run.stage:

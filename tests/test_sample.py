@@ -579,8 +579,8 @@ def test_models_that_are_shipped_know_their_words():
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--steps", "2", "--shift", "3"], [1.0, 0.75, 0.0]), (["--grid", "1,0.6,0.2,0"],
-                                                           [1.0, 0.6, 0.2, 0.0])])
+    (["--steps", "2", "--shift", "3"], [1.0, 0.75, 0.0]),
+    (["--grid", "1,0.6,0.2,0"], [1.0, 0.6, 0.2, 0.0])])
 def test_a_clip_is_made_on_the_grid_that_is_asked_for(monkeypatch, flags, expected):
     grids = []
     monkeypatch.setattr(sample, "write_clips", lambda *args: grids.append(args[-2]))
@@ -607,18 +607,17 @@ def test_error_bars_are_the_deviation_of_a_sample(tmp_path, monkeypatch):
 
 def test_there_is_no_prompt_at_the_end_of_a_clip():
     causal = pipeline.load_pipeline(sample.SHIPPED / "causal-distill")
-    for m in (len(causal.chunks) - 1, len(causal.chunks)):
-        args = sample.parse_args(["--prompt", "a", "--prompt-at", str(m), "a"])
-        if m < len(causal.chunks):
-            sample.sampling_options(args, causal, "stage")
+    count = len(causal.chunks)
+    inside, beyond = (sample.parse_args(["--prompt", "a", "--prompt-at", str(m), "a"])
+                      for m in (count - 1, count))
+    sample.sampling_options(inside, causal, "stage")
     with pytest.raises(ValueError, match="counted from 0"):
-        sample.sampling_options(args, causal, "stage")
+        sample.sampling_options(beyond, causal, "stage")
 
 
 def test_every_clip_keeps_its_own_given_frames():
     few = replace(pipeline.load_pipeline(sample.SHIPPED / "distill"), batch=2)
     clips = data.open_data("shapes").clips(range(3))[0]
     given = few.codec.encode(clips)[:, :1]
-    made = pipeline.generate(few, [PROMPTS[0]] * 3, [0, 1, 2], [1.0, 0.0],
-                             given=given)
+    made = pipeline.generate(few, [PROMPTS[0]] * 3, [0, 1, 2], [1.0, 0.0], given=given)
     torch.testing.assert_close(made[:, :2], few.codec.decode(given))

@@ -13,6 +13,7 @@ from pathlib import Path
 import cli
 from config import CHANGEABLE, INHERITED, Config, folder_of, stage_before, with_recipe
 
+SHARDS = "shards"            # of the clips that a run is trained on, in its folder
 RESULTS, FOLDER = Path(__file__).parent / "results", Path("runs/reproduce")
 COUNT = 480                  # clips that a model makes at each step count
 
@@ -26,6 +27,7 @@ class Run:
     steps: str = "1,2,4,8,16,32"
     seeds: int = 1000        # at most
     anew: bool = False       # with other clips: the one before is its --base, and no more
+    made: str = ""           # flags of sample.py: these clips are made by the one before
 
 
 BOTH = ("euler", "consistency")
@@ -65,6 +67,9 @@ RUNS = {
     "student-teacher-larger": Run(
         "distill", "flowmap-teacher-larger",
         "--steps 660 --batch-size 24 --lr 2e-4 --lr-end 0.3 --cotrain 8"),
+    # Clips that the teacher made, 4800, in place of real ones.
+    "flowmap-synthetic": Run("flowmap", "teacher", "", anew=True,
+                             made="--steps 16 --per-prompt 100"),
     # One thing changed on policy.
     "student-no-cotraining": Run("distill", "flowmap", "--cotrain 0"),
     "student-fresh": Run("distill", "flowmap", "--fake-rollout fresh"),
@@ -98,6 +103,10 @@ RUNS = {
                           steps="8,32", seeds=1),
     "broken-text": Run("pretrain", "", "--steps 3000 --text-drop 0 --guidance 2", steps="8,32",
                        seeds=1),
+    # Beside it: no guidance, whose empty prompt is not asked; and with prompts that were dropped.
+    "broken-text-unguided": Run("", "broken-text", "--guidance 1", steps="8,32", seeds=1),
+    "healthy-text": Run("pretrain", "", "--steps 3000 --guidance 2", steps="8,32", seeds=1),
+    "healthy-text-unguided": Run("", "healthy-text", "--guidance 1", steps="8,32", seeds=1),
 }
 TABLES = {
     "The main line, and consistency": ("teacher", "flowmap", "student", "consistency",
@@ -108,7 +117,7 @@ TABLES = {
     "Real images: digits": [name for name in RUNS if "digits" in name],
     "Chunk by chunk: loop, 16 frames": [name for name in RUNS
                                         if name.startswith(("loop", "causal"))],
-    "Broken on purpose": [name for name in RUNS if name.startswith("broken")],
+    "Broken on purpose": [name for name in RUNS if name.startswith(("broken", "healthy"))],
 }
 FIGURE = ("teacher", "flowmap", "student", "consistency-student:consistency")
 HEALTHY = ("teacher", "flowmap", "student",
@@ -208,6 +217,9 @@ CLAIMS = [
      "ed('student-teacher', 1) <= ed('student', 1)"),
     ("k", "at 4", "ed('student-teacher', 4) <= ed('student', 4)"),
     ("k", "and at 32", "ed('student-teacher', 32) <= ed('student', 32)"),
+    ("k", "clips that the teacher made are no worse at 4 steps than real ones",
+     "ed('flowmap-synthetic', 4) <= ed('flowmap', 4) + sd('flowmap', 4)"),
+    ("k", "nor at 32", "ed('flowmap-synthetic', 32) <= ed('flowmap', 32) + sd('flowmap', 32)"),
     ("l", "co-training keeps the 32 steps", "ed('student', 32) <= "
      "ed('student-no-cotraining', 32)"),
     ("l", "long rollouts keep the 32 steps", "ed('student', 32) <= ed('student-few-steps', 32)"),
@@ -231,7 +243,8 @@ def lineage(name: str, own: bool = False) -> list[str]:
 def flags_of(name: str, seed: int) -> list[str]:
     run = RUNS[name]
     base = ["--base", str(place(run.after, seed) / stage_of(run.after))] if run.anew else []
-    return [*run.flags.split(), *base]
+    shards = ["--data", str(place(name, seed) / SHARDS)] if run.made else []
+    return [*run.flags.split(), *base, *shards]
 
 
 def stage_of(name: str) -> str:
@@ -248,7 +261,8 @@ def said(run: Run) -> str:
     if not run.stage:
         return f"eval.py {run.flags}"
     base = f" --base {run.after}" if run.anew else ""
-    return f"--stage {run.stage} {run.flags}".strip() + base
+    made = f" --data {SHARDS}, made with {run.made}" if run.made else ""
+    return f"--stage {run.stage} {run.flags}".strip() + base + made
 
 
 @cache
@@ -277,6 +291,7 @@ def settings(name: str, seed: int) -> list[dict]:
         told = asdict(Config()) | with_recipe(run.stage, Config.preset, causal, given)
         found.append({key: value for key, value in told.items()
                       if key in ("steps", "lr", "fake_lr") or key not in CHANGEABLE})
+        found[-1] |= {"made": run.made} if run.made else {}
     return [*found, measured]
 
 

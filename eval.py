@@ -49,7 +49,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--guidance", type=float, help="guidance scale of the teacher, and of flow maps that have "
         "none fused in (default: of the teacher that of the first flow map beside it, or its own; "
         "of flow maps 1)")
-    add("--data", help="the clips, where they have moved (default: as in training)")
+    add("--data", help="the clips, where they have moved, or real ones in place of shards "
+        "(default: as in training)")
     add("--device", type=cli.choice(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
         help="auto, cpu or cuda (default auto)")
     add("--out", type=Path, help="folder for the results (default: eval in the run, that of the "
@@ -293,7 +294,8 @@ def main(argv=None) -> None:
     dataset = data.open_data(clips, config["frames"], config["size"], held_out=True)
     if isinstance(dataset, data.Shards):
         raise ValueError(f"{first} was trained on the shards {clips}, and latents are no clips to "
-                         "compare with: measure it with VBench (sample.py --vbench)")
+                         "compare with: give real ones with --data, or measure it with VBench "
+                         "(sample.py --vbench)")
     held = records[0].get("set", {}).get("captions")
     if args.data and held and held != runs.short_sum(dataset.captions):
         raise ValueError(f"--data {clips}: its captions are not those that {first} was trained on")

@@ -54,6 +54,8 @@ def make(name: str, seed: int, device: str, before=None) -> dict:
         link = folder / stage_of(earlier)
         link.unlink(missing_ok=True)
         link.symlink_to(Path("..", earlier, stage_of(earlier)))
+    if run.made and not finished(name, seed):
+        make_clips(name, seed, device)
     if run.stage:
         script(folder, "train.py", "--stage", run.stage, "--run-dir", folder, "--seed", seed,
                "--device", device, *claims.flags_of(name, seed))
@@ -64,6 +66,7 @@ def make(name: str, seed: int, device: str, before=None) -> dict:
     models = [stage if sampler == "euler" else f"{stage}:{sampler}" for sampler in run.samplers]
     script(folder, "eval.py", "--run-dir", folder, "--models", ",".join(models), "--steps",
            run.steps, "--count", claims.COUNT, "--device", device,
+           *(["--data", real_data(name, seed)] if run.made else []),
            *([] if run.stage else run.flags.split()))
     record = recorded(name, seed, device)
     if name in claims.SHOWN and seed == 0:
@@ -72,6 +75,22 @@ def make(name: str, seed: int, device: str, before=None) -> dict:
     with cli.written_aside(claims.RESULTS / f"{name}.{seed}.json") as aside:
         aside.write_text(json.dumps(record))
     return record
+
+
+def real_data(name: str, seed: int) -> str:
+    """The toy set that a run, or the one before which made its clips, was trained on."""
+    return settings(claims.RUNS[name].after if claims.RUNS[name].made else name, seed)[-2]["data"]
+
+
+def make_clips(name: str, seed: int, device: str) -> None:
+    """Shards of clips of every prompt, made by the run before, of no other seed's noise."""
+    from toys import SETS  # imports torch
+    run, folder = claims.RUNS[name], place(name, seed)
+    prompts = SETS[real_data(name, seed)]().captions
+    script(folder, "sample.py", "--run-dir", place(run.after, seed), "--stage",
+           stage_of(run.after), "--seed", seed * 10**5, "--device", device, *run.made.split(),
+           "--save-latents", folder / claims.SHARDS,
+           *(word for prompt in prompts for word in ("--prompt", prompt)))
 
 
 def script(folder: Path, *words) -> None:
@@ -178,7 +197,7 @@ def tables() -> None:
               f"{'; '.join(sorted(machines))}. {claims.COUNT} clips at each step count. Mean ± "
               "standard deviation over seeds. ed is to real clips, ed_teach to the teacher's at 50 "
               "steps. `:consistency` is the consistency sampler.", ""]
-    real = {record["settings"][-2]["data"]: record["real"] for record in found.values()}
+    real = {real_data(*key): record["real"] for key, record in found.items()}
     lines += [f"Other real clips of `{data}`: ed {r['real_ed']:.3f} ± {r['real_ed_std']:.3f}, acc "
               f"{r['real_accuracy']['all']:.3f}, psnr {r['real_psnr']:.1f}.\n"
               for data, r in sorted(real.items())]

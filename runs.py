@@ -196,6 +196,9 @@ def open_source(c: Config, fresh: bool):
     try:
         source = data.open_data(c.data, c.frames, c.size)
         if isinstance(source, data.Shards):
+            if (source.path / CODEC).exists():           # a toy model made them
+                source.codec = read_codec(source.path / CODEC)
+                source.words = encoders.Words(source.manifest["made_by"]["vocabulary"])
             return source
         places = [Path(origins(c).get("student", "none")) / CODEC]
         places += [] if fresh else [stage_folder(c) / CODEC]
@@ -273,7 +276,6 @@ def prepared(c: Config, source, fresh: bool, world):
     ranks then use. Raises ValueError when another process trains the stage."""
     stage = stage_folder(c)
     stage.mkdir(parents=True, exist_ok=True)
-    own_codec = not isinstance(source, data.Shards)
     with open(stage / LOCK, "a+") as lock:
         if holder := distributed.on_main(lambda: locked_by(lock), world):
             raise ValueError(f"{stage} is trained by {holder} already: wait for it, stop it, or "
@@ -287,11 +289,11 @@ def prepared(c: Config, source, fresh: bool, world):
                     shutil.rmtree(entry)
                 elif entry.name != LOCK:
                     entry.unlink()
-        if world.is_main and own_codec and not (stage / CODEC).exists():
+        if world.is_main and source.codec and not (stage / CODEC).exists():
             with cli.written_aside(stage / CODEC) as aside:
                 checkpoint.write_tensors(aside, vars(source.codec), {})
         distributed.barrier(world)
-        if own_codec:
+        if source.codec:
             source.codec = read_codec(stage / CODEC)
         yield
 
@@ -335,7 +337,7 @@ def locked_by(file, wait: float = 150) -> str:
 def record(c: Config, source, first: int, sums: dict) -> None:
     """Write config.json, and take rows out of log.jsonl of updates that are made again."""
     stage = stage_folder(c)
-    found = {} if isinstance(source, data.Shards) else {"vocabulary": source.words.vocabulary}
+    found = {"vocabulary": source.words.vocabulary} if source.codec else {}
     found |= {"config": settings(c), "set": set_of(source), "git": git_revision(),
               "torch": torch.__version__, "latent_shape": source.latent_shape,
               "chunks": chunks_of(c, source.latent_shape[0]),

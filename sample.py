@@ -6,6 +6,7 @@
 import argparse
 import json
 import os
+import shutil
 import time
 import zlib
 from collections import Counter
@@ -239,6 +240,15 @@ def prepare(pipeline: Pipeline, captions: list[str], options: dict) -> None:
     pipeline.words.prepare([*null, *options["prompt_at"].values(), *captions])
 
 
+def batches(rows: list[int], pipeline: Pipeline, captions: list[str], options: dict, quiet: bool):
+    """Which of `rows` are made at a time, with a bar; prompts are encoded some of them ahead."""
+    ahead = encoders.PROMPTS_AHEAD * pipeline.batch
+    for first in tqdm(range(0, len(rows), pipeline.batch), desc="sample", disable=quiet):
+        if first % ahead == 0:
+            prepare(pipeline, [captions[i] for i in rows[first:first + ahead]], options)
+        yield rows[first:first + pipeline.batch]
+
+
 def clip_paths(args, captions: list[str]) -> list[Path]:
     if args.vbench:
         names = (caption.replace("/", " ") for caption in captions)        # as VBench names them
@@ -266,11 +276,7 @@ def write_clips(args, stage, world, pipeline, captions, seeds, grid, options: di
     todo = [i for i in range(world.rank, len(paths), world.size)
             if not (args.vbench and paths[i].exists())]
     quiet, made = len(todo) <= pipeline.batch or not world.is_main, []
-    ahead = encoders.PROMPTS_AHEAD * pipeline.batch
-    for first in tqdm(range(0, len(todo), pipeline.batch), desc="sample", disable=quiet):
-        if first % ahead == 0:
-            prepare(pipeline, [captions[i] for i in todo[first:first + ahead]], options)
-        rows = todo[first:first + pipeline.batch]
+    for rows in batches(todo, pipeline, captions, options, quiet):
         clips = generate(pipeline, [captions[i] for i in rows], [seeds[i] for i in rows], grid,
                          **options)
         for i, clip in zip(rows, clips):
@@ -323,22 +329,28 @@ def read_list(path: Path) -> list[str]:
 
 
 def save_latents(args, stage, world, pipeline, captions, seeds, grid, options: dict) -> None:
-    """A teacher's clips as shards (data.ShardWriter): synthetic training data, as in the paper."""
+    """A teacher's clips as shards (data.ShardWriter): synthetic training data, as in the paper.
+    Those of toys bring their encoders along."""
     found = made_by(args, stage, pipeline, captions, seeds, grid, options)
     found["fps"] = pipeline.fps
+    own_codec = stage / runs.CODEC
+    if own_codec.exists():
+        found["vocabulary"] = pipeline.words.vocabulary
     writer = data.ShardWriter(args.save_latents, found, world.rank, world.size)
-    image, condition = options.get("picture", (None, None))
-    rows = [i for i in range(world.rank, len(captions), world.size)
+    if own_codec.exists() and world.is_main:
+        with cli.written_aside(args.save_latents / runs.CODEC) as aside:
+            shutil.copyfile(own_codec, aside)
+    picture = zip(("image", "condition"), options.get("picture", ()))
+    given = {name: x[0] for name, x in picture if x is not None}             # of all clips
+    todo = [i for i in range(world.rank, len(captions), world.size)
             if f"{i:07d}" not in writer.done]
-    for n, i in enumerate(tqdm(rows, desc="latents", disable=not world.is_main)):
-        if n % encoders.PROMPTS_AHEAD == 0:
-            some = rows[n:n + encoders.PROMPTS_AHEAD]
-            prepare(pipeline, [captions[k] for k in some], options)
-        chunks = list(latents(pipeline, [captions[i]], [seeds[i]], grid, **options))
-        clip = {"latents": torch.cat(chunks, 1), "text": pipeline.words([captions[i]]),
-                "image": image, "condition": condition}
-        rounded = {name: x[0].bfloat16() for name, x in clip.items() if x is not None}
-        writer.add(f"{i:07d}", captions[i], **rounded)
+    for rows in batches(todo, pipeline, captions, options, not world.is_main):
+        prompts = [captions[i] for i in rows]
+        chunks = list(latents(pipeline, prompts, [seeds[i] for i in rows], grid, **options))
+        for i, z, text in zip(rows, torch.cat(chunks, 1), pipeline.words(prompts)):
+            clip = {"latents": z, "text": text, **given}
+            rounded = {name: x.bfloat16() for name, x in clip.items()}
+            writer.add(f"{i:07d}", captions[i], **rounded)
     writer.close(pipeline.words([pipeline.null_prompt])[0].bfloat16())
     print(f"{args.save_latents}: part {world.rank + 1} of {world.size}, {len(writer.done)} clips")
 

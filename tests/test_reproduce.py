@@ -3,6 +3,7 @@ import importlib.util
 import json
 import shutil
 import time
+from dataclasses import replace
 from itertools import product
 from zlib import crc32
 
@@ -11,6 +12,7 @@ import pytest
 import claims
 import eval as evaluation
 import reproduce
+import sample
 import train
 from claims import RUNS, Run
 from config import INHERITED, folder_of, parse_config, stage_before
@@ -68,6 +70,7 @@ def test_settings_are_those_that_training_takes(name, tmp_path):
             (folder / "config.json").write_text(json.dumps({"config": handed}))
         c = parse_config(["--stage", run.stage, "--run-dir", str(tmp_path / part), "--seed", "7",
                           *claims.flags_of(part, 7)])
+        assert told.pop("made", "") == run.made
         assert told == {key: getattr(c, key) for key in told}
         before = told
 
@@ -131,9 +134,12 @@ def tiny_runs(runs, tmp_path, monkeypatch) -> list:
     done = []
 
     def script(folder, file, *words):
-        done.append((file, folder.name))
+        real = words[words.index("--data"):] if file == "eval.py" and "--data" in words else ()
+        done.append((file, " ".join([folder.name, *real])))
         if file == "train.py":
             return train.main(list(map(str, words)))
+        if file == "sample.py":
+            return sample.main(list(map(str, words)))
         stage = claims.stage_of(folder.name)
         ed = float(crc32((folder / stage / "model.safetensors").read_bytes()))
         measured = {"real_ed": 0.0, "real_ed_std": 0.1, "real_psnr": 40.0,
@@ -225,6 +231,29 @@ def test_a_run_with_other_clips_has_a_base_and_is_stale_with_it(tmp_path, monkey
     reproduce.main(MADE)
     assert done == list(product(("train.py", "eval.py"), ["flowmap"])) + list(
         product(("train.py", "eval.py"), ["other"]))
+
+
+def test_a_run_on_clips_that_the_one_before_made(tmp_path, monkeypatch):
+    """Their shards are made before it, of every prompt, and it is measured to real clips."""
+    runs = {"teacher": Run("pretrain", "", TINY, steps="1"),
+            "synthetic": Run("flowmap", "teacher", f"{TINY} --tangent-warmup 0", steps="1",
+                             anew=True, made="--steps 1 --per-prompt 2")}
+    done = tiny_runs(runs, tmp_path, monkeypatch)
+    reproduce.main(MADE)
+    assert done[2:] == [("sample.py", "synthetic"), ("train.py", "synthetic"),
+                        ("eval.py", "synthetic --data shapes")]
+    folder = tmp_path / "runs" / "seed-0" / "synthetic"
+    told = json.loads((folder / "flowmap" / "config.json").read_text())
+    assert told["config"]["data"] == str(folder / "shards") and told["set"]["clips"] == 2 * 48
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert "--data shards, made with --steps 1 --per-prompt 2" in text
+    assert text.count("Other real clips of") == text.count("Other real clips of `shapes`") == 1
+
+    done.clear()
+    runs["synthetic"] = replace(runs["synthetic"], made="--steps 1")
+    reproduce.main(MADE)                                 # other clips: made and trained anew
+    assert [file for file, _ in done] == ["sample.py", "train.py", "eval.py"]
+    assert json.loads((folder / "flowmap" / "config.json").read_text())["set"]["clips"] == 48
 
 
 def test_records_and_tables_in_the_repository_belong_together(tmp_path, monkeypatch, capsys):

@@ -444,6 +444,25 @@ def test_shards_of_a_teacher_hold_the_prompt_of_each_clip(finished, tmp_path):
         assert torch.equal(text[row], teacher.words([prompt])[0].bfloat16().float())
 
 
+def test_what_is_trained_on_clips_of_a_toy_model_is_sampled_with_its_encoders(finished, tmp_path):
+    """Shards of toys bring codec and words along, also to the stage after."""
+    teacher = finished / "pretrain"
+    made, run = tmp_path / "made", tmp_path / "run"
+    sample.main(["--run-dir", str(finished), "--stage", "pretrain", "--prompt", PROMPTS[0],
+                 "--per-prompt", "2", "--steps", "1", "--save-latents", str(made)])
+    common = ["--preset", "tiny", "--run-dir", str(run), "--data", str(made), "--steps", "1"]
+    train.main([*common, "--stage", "flowmap", "--tangent-warmup", "0", "--base", str(teacher)])
+    train.main([*common, "--stage", "distill"])
+    shutil.rmtree(made)
+    first = sample.load_pipeline(teacher)
+    found = sample.load_pipeline(run / "distill")
+    assert found.words.vocabulary == first.words.vocabulary
+    assert torch.equal(found.words([PROMPTS[1]]), first.words([PROMPTS[1]]))
+    assert all(torch.equal(x, vars(first.codec)[name]) for name, x in vars(found.codec).items())
+    clip, = pipeline.generate(found, [PROMPTS[1]], [0], [1.0, 0.0])
+    assert clip.shape == (8, 3, 16, 16)
+
+
 def test_a_row_of_frames_is_magnified_where_they_are_small_alone(tmp_path):
     for side, height in ((16, 18 * 7), (200, 202)):
         media.write_clip(tmp_path / "clip.png", torch.zeros(2, 3, side, side), 8)

@@ -11,6 +11,7 @@
                              beside an early one
 """
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -63,19 +64,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.causal and args.stage == "pretrain":
         parser.error("--causal is for stages flowmap and distill; the teacher sees whole clips")
     if args.what in ("plan", "flops") and args.preset.startswith("wan"):
-        latent_side(args)
+        latent_side(args, args.causal)
     return args
 
 
-def latent_side(args) -> int:
+def latent_side(args, causal: bool) -> int:
     """Pixels that a latent of Wan covers, each way. Raises ValueError for clips that have no
     latents, or no compressed tokens."""
     pixels = 16 if args.preset == "wan-5b" else 8
-    side = pixels * (4 if args.causal else 2)
+    side = pixels * (4 if causal else 2)
     if (args.frames - 1) % 4 or args.height % side or args.width % side:
         raise ValueError(f"--frames {args.frames} must be 4 n + 1, --height {args.height} and "
                          f"--width {args.width} multiples of {side}"
-                         + " (of compressed tokens)" * args.causal)
+                         + " (of compressed tokens)" * causal)
     return pixels
 
 
@@ -102,16 +103,16 @@ def name_of(case: plan.Case) -> str:
     return f"{c.stage} | {kind} | {trains} | {blocks}"
 
 
-def case_of(args, stage: str, checkpointing: int) -> plan.Case:
+def case_of(args, stage: str, checkpointing: int, causal: bool) -> plan.Case:
     """What the plan's flags ask for."""
     config, wan = PRESETS[args.preset], args.preset.startswith("wan")
     shape = (4, config.channels, 4, 4)
     if wan:
-        pixels = latent_side(args)
+        pixels = latent_side(args, causal)
         frames = (args.frames - 1) // 4 + 1
         shape = (frames, config.channels, args.height // pixels, args.width // pixels)
-    settings = recipe(args.preset, stage, args.causal) | {
-        "stage": stage, "preset": args.preset, "causal": args.causal,
+    settings = recipe(args.preset, stage, causal) | {
+        "stage": stage, "preset": args.preset, "causal": causal,
         "checkpointing": checkpointing, "base": ""}
     if args.what == "flops":                         # counts updates with guidance
         settings |= speed.PAPERS
@@ -129,7 +130,7 @@ def case_of(args, stage: str, checkpointing: int) -> plan.Case:
 def plan_main(args) -> None:
     stages = STAGES[args.causal:] if args.stage == "all" else [args.stage]     # one teacher
     kinds = (1, 0) if args.checkpointing is None else [args.checkpointing]
-    cases = [case_of(args, stage, on) for stage, on in product(stages, kinds)]
+    cases = [case_of(args, stage, on, args.causal) for stage, on in product(stages, kinds)]
     print(f"{args.preset}, latents {' x '.join(map(str, cases[0].shape))}, {args.gpus} GPUs, a "
           f"clip each, {args.micro_steps} micro-batches an update. GB a GPU and update; "
           "activations with all other temporaries.\n\n"
@@ -151,7 +152,7 @@ def flops_main(args) -> None:
           f"recomputation |\n|{'---|' * (len(flops.PARTS) + 6)}")
     for stage in STAGES[args.causal:] if args.stage == "all" else [args.stage]:
         on = 1 if args.checkpointing is None else args.checkpointing
-        case, totals = case_of(args, stage, on), []
+        case, totals = case_of(args, stage, on, args.causal), []
         counts = flops.arithmetic(case)
         for name, found in zip(("done", "needed", "released"), counts):
             totals.append(sum(found.values()) - found["recomputation"])
@@ -192,16 +193,17 @@ def gpu_main(args) -> None:
     if cuda and not args.preset.startswith("wan"):
         args.preset = "wan-1.3b"
     args.gpus = args.micro_steps = 1
-    cases = []
-    for args.causal in (False, True):
-        cases += [case_of(args, stage, 1) for stage in STAGES[args.causal:]]
+    cases = [case_of(args, stage, 1, causal) for causal in (False, True)
+             for stage in STAGES[causal:]]
     others = [(args.preset, cases[0].config, cases[0].shape)]
     if args.preset == "wan-1.3b":
         others.append(("wan-14b", PRESETS["wan-14b"], cases[0].shape))
     rows = speed.gpu(cases, others, world, (False, True) if cuda else (False,))
     torch.distributed.destroy_process_group()
-    for name, case in zip([row for row in rows if "peak" in row], cases):
-        name["planned"] = plan.memory_by_layers(case)["peak"]
+    planned = [plan.memory_by_layers(case)["peak"] for case in cases]
+    weighed = [row for row in rows if "peak" in row]             # as they are, then compiled
+    for row, peak in zip(weighed, itertools.cycle(planned)):
+        row["planned"] = peak
     device = torch.cuda.get_device_name() if cuda else "CPU"
     print(f"{device}, torch {torch.__version__}; memory in GB\n\n"
           "| | seconds | TFLOP | of the product | peak | planned |\n|---|---|---|---|---|---|")
@@ -229,8 +231,8 @@ def peers_main(args) -> None:
 
 def costs_main(args) -> None:
     world = distributed.start(args.device)
-    for args.causal in (False, True):                # of a wrong size before what takes minutes
-        case = case_of(args, "flowmap", 0)
+    # Of both forms: a wrong size is refused before what takes minutes.
+    case = [case_of(args, "flowmap", 0, causal) for causal in (False, True)][-1]
     for what, ratio in speed.costs(case.config, case.shape, args.preset, args.repeats, world):
         print(f"{ratio:6.2f} x  {what}", flush=True)
     for what, ratio in speed.late_chunks(args.repeats, world.device):

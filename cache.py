@@ -7,6 +7,7 @@ its method `encode`, which turns clean latents into the keys and values that lat
 Legend:  B batch   F latent frames   C latent channels   H, W latent height and width
          L tokens of a chunk   S tokens of a frame   D width   T text tokens   I image tokens
 """
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,18 +40,18 @@ class Context:
     start: int = 0                # position in the video of z's first frame
     chunks: tuple[int, ...] = ()  # frames of each chunk of z; none: z is one chunk
     adapter: str = ""             # the adapter (lora.py) that is added to the weights; none: as is
-    full_latents: tuple = ()      # clean latents of the cache's full chunks, to encode them again
-    # For image-to-video: features of the picture (B, I, image_dim), if `encode_prompt` had none;
-    # what is told of the clip, (B, frames of the video, image_channels, H, W).
-    image: torch.Tensor | None = None
-    condition: torch.Tensor | None = None
+    full_latents: tuple = ()      # append_chunk's: clean latents of full chunks, to encode again
+    # Image-to-video alone:
+    image: torch.Tensor | None = None      # features (B, I, image_dim), unless `text` has them
+    condition: torch.Tensor | None = None  # mask and picture latents, channels beside z's:
+                                           # (B, frames of the video, image_channels, H, W)
 
     def __getitem__(self, rows) -> "Context":
         """The same for some samples of the batch."""
-        cache = [replace(c, keys_values=rows_of(c.keys_values, rows)) for c in self.cache]
+        cached = (replace(c, keys_values=rows_of(c.keys_values, rows)) for c in self.cache)
         return replace(self,
                        text=rows_of(self.text, rows),
-                       cache=tuple(cache),
+                       cache=tuple(cached),
                        full_latents=rows_of(self.full_latents, rows),
                        image=rows_of(self.image, rows),
                        condition=rows_of(self.condition, rows))
@@ -64,10 +65,11 @@ def rows_of(value, rows):
 
 
 def attention_spans(context: Context, chunks, S: int, prefill: bool) -> list:
-    """Which keys each chunk of z may see: (first query, last query + 1, [ranges of keys]).
+    """Which keys each chunk of z may see: (first query, last query + 1, [(first key, last + 1)]).
 
-    Keys are the cache's, then z's own, S a frame. A chunk sees itself and the cached chunks
-    that end before it starts; in a prefill also the chunks of z before it.
+    Keys are the cache's, then z's own, S a frame. A chunk sees itself and the cached chunks that
+    end before it starts. prefill: z is clean and is about to be cached (FlowMapDiT.encode), and a
+    chunk also sees the chunks of z before it.
     """
     cached = sum(chunk.tokens for chunk in context.cache)
     spans = []
@@ -91,7 +93,7 @@ def teacher_forced(network, x: torch.Tensor, context, chunks, full_chunks: int) 
     x (B, F, C, H, W) clean latents, context: prompt features, or a Context without a cache, chunks:
     frames of each chunk, adding up to F. The last `full_chunks` are trained, older ones compressed;
     0 trains all and compresses none. The result's `start` is the first frame that is trained. A
-    single chunk makes the bidirectional context: nothing but what `context` holds.
+    clip of one chunk makes the bidirectional context: nothing but what `context` holds.
     """
     if not isinstance(context, Context):
         context = Context(context)
@@ -109,27 +111,25 @@ def teacher_forced(network, x: torch.Tensor, context, chunks, full_chunks: int) 
     return replace(context, cache=cache + clean)
 
 
-EVERYTHING = 10**9           # a window that cuts nothing
-
-
-def newest(cache: tuple, count: int) -> tuple:
+def newest(cache: tuple, count: float) -> tuple:
     """The last `count` chunks, or as many as there are."""
     return cache[max(0, len(cache) - count):]
 
 
 def append_chunk(network, context: Context, z_0: torch.Tensor, full_chunks: int,
                  window: int = 0) -> Context:
-    """The context of the next chunk, once z_0 (B, F, C, H, W) is finished.
+    """The context of the next chunk, once z_0 (B, F, C, H, W) is finished. context: of this
+    function, or without a cache.
 
     The next chunk sees itself and the `full_chunks` - 1 chunks before it in full, older ones
     compressed (0: all in full). A chunk that leaves the full ones is compressed once: it sees only
     compressed chunks, so its keys never change. The full ones that remain are encoded again, since
     their past has one compressed chunk more. window > 0: only the last `window` chunks are kept,
-    and the full ones in any case. Older ones are dropped before anything is encoded, so that with
-    the window of training no chunk sees more of the past than there.
+    and the `full_chunks` - 1 full ones in any case. Older ones are dropped before anything is
+    encoded, so that with the window of training no chunk sees more of the past than there.
     """
     start = context.start + z_0.shape[1]
-    window = window or EVERYTHING
+    window = window or math.inf
     if not full_chunks:
         cache = newest(context.cache, window - 1)
         cache += network.encode(z_0, replace(context, cache=cache))

@@ -83,7 +83,7 @@ class Trainable:
         return out
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The unsharded tensor on the CPU; every rank must call it."""
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
@@ -91,14 +91,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a whole tensor, which every rank has read, into a plain or sharded one."""
-    if isinstance(tensor, DTensor):
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements,
-                                  src_data_rank=None)
-    tensor.copy_(value)
-
-
 def load_weights(network: torch.nn.Module, state: dict, source) -> None:
     """Fill a network without its adapters, or an adapter (lora.Adapted), sharded or not, from whole
     tensors. Raises ValueError naming the first tensor that is missing, left over or misshapen."""
@@ -111,7 +103,10 @@ def load_weights(network: torch.nn.Module, state: dict, source) -> None:
         if p.shape != value.shape:
             raise ValueError(f"{source}: tensor {name} has shape {tuple(value.shape)}, the "
                              f"network's has {tuple(p.shape)}")
-        fill(p, value)
+        if isinstance(p, DTensor):                   # every rank has read the whole tensor
+            value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
+                                      src_data_rank=None)
+        p.copy_(value)
 
 
 def sync(files) -> None:
@@ -274,7 +269,7 @@ def save_model(stage: Path, weights: dict, config: ModelConfig, is_main: bool,
         metadata["adapter"] = json.dumps(adapter)
     if not is_main:
         for tensor in weights.values():
-            whole(tensor)
+            gathered(tensor)
         return
     with cli.written_aside(stage / "model.safetensors") as aside:
         write_tensors(aside, weights, metadata)
@@ -299,7 +294,7 @@ def write_tensors(path: Path, tensors: Mapping, metadata: dict) -> None:
     with open(path, "wb") as file:
         file.write(text)
         for x in tensors.values():
-            piece = whole(x).view(-1).view(torch.uint8).numpy().data
+            piece = gathered(x).view(-1).view(torch.uint8).numpy().data
             file.write(piece)
             found.update(piece)
         file.seek(text.index(NO_SUM))
@@ -371,7 +366,8 @@ def load_model(stage: Path) -> tuple[ModelConfig, Tensors, dict | None]:
         settings = json.loads(metadata["model_config"])
         adapter = json.loads(metadata.get("adapter", "null"))
     except KeyError:
-        raise ValueError(f"{path}: other weights than those of a stage; {remedy}") from None
+        raise ValueError(f"{path}: no stage wrote it; give the file itself in place of its folder, "
+                         f"if it holds others' weights, or else {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from None
     if newer := sorted(settings.keys() - {f.name for f in fields(ModelConfig)}):

@@ -97,12 +97,10 @@ class Config:
                          "the teacher sees whole clips)", choices=VELOCITIES)
     epsilon: float = flag(0.005, "half width of the finite difference, in [0, 1] time: so small "
                           "that d u / d t is constant across it, and large beside rounding")
-    derivative: str = flag("finite-difference", "how dF/dt is taken",
-                           choices=DERIVATIVES)
-    time_weight: str = flag("beta", "density w(t) of the forward loss",
-                            choices=TIME_WEIGHTS)
+    derivative: str = flag("finite-difference", "how dF/dt is taken", choices=DERIVATIVES)
+    time_weight: str = flag("beta", "density w(t) of the forward loss", choices=TIME_WEIGHTS)
     balance: float = flag(0.0, "scale b of the adaptive balance: an error with r < t is scaled by "
-                          "b / (error + b), a square below b and at most b above. 0: by the mean "
+                          "b / (error + b), a square well below b and at most b. 0: by the mean "
                           "error with r = t, the paper's, which vanishes with --velocity teacher")
     tangent_warmup: int = flag(0, "flowmap: updates over which the target's dF/dt grows from 0 to "
                                "its full size; large gaps learn v first, which keeps them from "
@@ -117,8 +115,7 @@ class Config:
     bidirectional_fraction: float = flag(0.0, "causal flowmap: fraction of updates that add flow "
                                          "matching on the whole clip as one chunk")
     # --- distill
-    rollout: str = flag("flow-map", "backward simulation of distill",
-                        choices=SIMULATIONS)
+    rollout: str = flag("flow-map", "backward simulation of distill", choices=SIMULATIONS)
     budgets: str = flag("2,4,8,16,50", "step counts N of a rollout; one is drawn an update")
     real_guidance: float = flag(2.0, "guidance scale of the teacher in DMD: 4 for the paper's "
                                 "'cond + 3 (cond - uncond)'. With the scale that is fused into the "
@@ -164,8 +161,7 @@ CHANGEABLE = ("steps", "lr", "fake_lr", "run_dir", "micro_batch", "device", "che
               "shard", "compile", "deterministic", "fresh", "save_every", "log_every", "max_skips")
 
 # The released recipe, for Wan2.1.
-COMMON = dict(bf16=True, checkpointing=1, lora_rank=256, micro_batch=1, save_every=20,
-              guidance=3.0)
+COMMON = dict(bf16=True, checkpointing=1, lora_rank=256, micro_batch=1, save_every=20, guidance=3.0)
 FORWARD = dict(COMMON, steps=6000, lr=5e-5, warmup=1000, ema_decay=0.999, ema_start=1000)
 WAN = {
     "pretrain": FORWARD,
@@ -464,7 +460,8 @@ def micro_steps(c: Config, processes: int) -> int:
 
 
 def learning_rate(c: Config, step: int, peak: float) -> float:
-    """Linear warm-up, then a cosine from the peak to lr_end * peak at the last step."""
+    """A linear warm-up times a cosine, which falls from 1 at the first step to lr_end at the last:
+    after a long warm-up the rate does not reach the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / c.steps))
     rise = min(1, (step + 1) / max(1, c.warmup))
     return peak * rise * (c.lr_end + (1 - c.lr_end) * cosine)

@@ -160,9 +160,10 @@ class Folder:
             raise ValueError("the captions of a folder belong to its clips and cannot be chosen")
         video, texts, frame = [], [], 3 * self.size**2           # bytes
         draws = draw(seed, indices, 2)
-        files = shuffled(indices, seed, len(self))
         if self.held_out:
             files = (draws[:, 1] * len(self)).long().tolist()
+        else:
+            files = shuffled(indices, seed, len(self))
         for i, u in zip(files, draws[:, 0].tolist()):
             name, file, length = self.stored[i]
             start = int(u * (length - self.frames + 1))
@@ -170,7 +171,7 @@ class Folder:
             texts.append(self.texts[name])
         shape = (len(video), self.frames, self.size, self.size, 3)
         video = torch.from_numpy(np.concatenate(video)).view(shape).movedim(4, 2)
-        return video.contiguous().float() / 127.5 - 1, texts
+        return media.from_pixels(video.contiguous()), texts
 
 
 def videos_in(folder: Path) -> list[Path]:
@@ -524,7 +525,7 @@ def encode(args) -> None:
             if not captions.get(file.name):
                 raise ValueError(f"{file.name}: no caption")
             video = read_clip(file, args.frames, args.height, args.width, made_by["fps"])
-            pixels = video[None].float() / 127.5 - 1
+            pixels = media.from_pixels(video[None])
             clip = {"latents": codec.encode(pixels), "text": words([captions[file.name]])}
             if picture:
                 clip["image"] = picture(video[0])

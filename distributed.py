@@ -108,7 +108,7 @@ def sync_gradients(network: torch.nn.Module, on: bool) -> None:
         base.set_requires_gradient_sync(on)
 
 
-def sent(tensor: torch.Tensor, device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
     """A tensor of the host on a device. The host does not wait for a GPU to take it: it lies in
     pinned memory until then."""
     if device.type == "cuda":

@@ -6,8 +6,9 @@
     loss  = mean (z_0 - stopgrad(z_0 - grad))^2
 
 The teacher (real score) is guided, the fake score is a flow-matching network that follows the
-student's samples, and grad is that of the reverse KL divergence. Pure functions; `real` and `fake`
-are callables u(z, t, r), called with r = t. Latents (B, F, C, H, W), times (B,) in [0, 1].
+student's samples, and grad points along that of the reverse KL divergence. Pure functions; `real`
+and `fake` are callables u(z, t, r), called with r = t. Latents (B, F, C, H, W), times (B,) in
+[0, 1].
 """
 import torch
 
@@ -24,7 +25,7 @@ def dmd_gradient(z_0: torch.Tensor, n: torch.Tensor, tau: torch.Tensor, real, fa
     z_tau = interpolate(z_0, n, tau)
     u_real, u_fake = real(z_tau, tau, tau), fake(z_tau, tau, tau)
     x_real = z_tau - expand(tau, z_0) * u_real
-    normaliser = (z_0 - x_real).abs().flatten(1).mean(1).clamp(min=1e-6)    # (B,)
+    normaliser = (z_0 - x_real).abs().flatten(1).mean(1).clamp(min=1e-6)    # (B,); 0 at tau = 0
     return expand(tau, z_0) * (u_real - u_fake) / expand(normaliser, z_0)
 
 

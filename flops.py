@@ -80,16 +80,16 @@ def batch_of(case: plan.Case) -> updates.Batch:
     flow = round(c.flow_fraction * CLIPS)
     roles = flow, CLIPS // 4, CLIPS - flow - CLIPS // 4
     guided = torch.arange(round((1 - c.text_drop) * CLIPS))
-    rows = {name: rows_of(value) for name, value in vars(one).items()}
+    rows = {name: repeated(value) for name, value in vars(one).items()}
     many = updates.Batch(**rows | {"roles": roles, "guided_rows": guided, "whole_t": None})
     for name in ("rollout", "fake_rollout"):
         if found := getattr(one, name):
-            setattr(many, name, replace(found, z_1=rows_of(found.z_1),
-                                        renoise=[rows_of(noise) for noise in found.renoise]))
+            setattr(many, name, replace(found, z_1=repeated(found.z_1),
+                                        renoise=[repeated(noise) for noise in found.renoise]))
     return many.to(META)
 
 
-def rows_of(value):
+def repeated(value):
     return value.expand(CLIPS, *value.shape[1:]) if isinstance(value, torch.Tensor) else value
 
 
@@ -216,10 +216,11 @@ def of_an_update(case: plan.Case) -> float:
     return plan.by_layers(case, measure)
 
 
-def of_a_call(config: ModelConfig, shape, tokens: int = 512) -> tuple[int, int]:
-    """FLOP of a (forward, backward) pass over one clip (F, C, H, W), all weights trained."""
+def of_a_call(config: ModelConfig, shape) -> tuple[int, int]:
+    """FLOP of a (forward, backward) pass over one clip (F, C, H, W) and a prompt of Wan's length,
+    all weights trained."""
     with META:
         network, z, t = FlowMapDiT(config), torch.empty(1, *shape), torch.empty(1)
-        text = torch.empty(1, tokens, config.text_dim)
+        text = torch.empty(1, 512, config.text_dim)
     rotary_table.cache_clear()
     return cost(lambda: network(z, t, t, text))[:2]

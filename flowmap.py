@@ -87,6 +87,7 @@ def euler_sample(u, z: torch.Tensor, grid, renoise=None) -> torch.Tensor:
     """Follow the flow map over any decreasing grid, one call of u a step: noise z (B, ...) -> z_0.
 
     A network without a second time (a teacher) ignores r, and the step is the ordinary Euler step.
+    renoise: unused, samplers are called alike. Raises ValueError for a grid that is none.
     """
     check_grid(grid)
     levels = [torch.full((len(z),), t, device=z.device) for t in grid]
@@ -95,30 +96,11 @@ def euler_sample(u, z: torch.Tensor, grid, renoise=None) -> torch.Tensor:
     return z
 
 
-def first_frames_given(u, given: torch.Tensor):
-    """The callable u(z, t, r) of clips whose first frames are given, clean latents (B, G, ...):
-    image-to-video by a network of whole clips.
-
-    Those frames are at t = 0. Their r stays that of the others: published AnyFlow weights are
-    sampled so, though nothing is trained so here. Their velocity is 0 whatever the network says,
-    and what z holds in their place is not looked at.
-    """
-    G = given.shape[1]
-
-    def u_of_the_rest(z, t, r):
-        level = (torch.arange(z.shape[1], device=z.device) >= G).float()    # (F,): 0 where given
-        t = t.view(len(z), -1) * level                                      # (B, F)
-        r = r.view(len(z), -1).expand(-1, len(level))                       # (B, F)
-        v = u(torch.cat([given, z[:, G:]], 1), t, r)
-        return torch.cat([torch.zeros_like(v[:, :G]), v[:, G:]], 1)
-    return u_of_the_rest
-
-
 def consistency_sample(u, z: torch.Tensor, grid, renoise) -> torch.Tensor:
     """The consistency sampler, for contrast: jump to z_0, re-noise to the next level, repeat.
 
     renoise(shape of a sample) draws noise for the batch. Each re-noising forgets detail, so more
-    steps may look worse.
+    steps may look worse. Raises ValueError for a grid that is none.
     """
     check_grid(grid)
     for t, r in zip(grid, grid[1:]):
@@ -133,8 +115,27 @@ def consistency_sample(u, z: torch.Tensor, grid, renoise) -> torch.Tensor:
 SAMPLERS = {"euler": euler_sample, "consistency": consistency_sample}
 
 
+def first_frames_given(u, given: torch.Tensor):
+    """u(z, t, r) for clips whose first G frames are given, as clean latents (B, G, ...): what makes
+    image-to-video of a network of whole clips.
+
+    The given frames are seen at t = 0 in place of z's own, and do not move. They keep the r of the
+    others, r > t: AnyFlow's published weights are sampled so; no network here is trained so.
+    """
+    G = given.shape[1]
+
+    def u_of_the_rest(z, t, r):
+        level = (torch.arange(z.shape[1], device=z.device) >= G).float()    # (F,): 0 where given
+        t = t.view(len(z), -1) * level                                      # (B, F)
+        r = r.view(len(z), -1).expand(-1, len(level))                       # (B, F)
+        velocity = u(torch.cat([given, z[:, G:]], 1), t, r)
+        return torch.cat([torch.zeros_like(velocity[:, :G]), velocity[:, G:]], 1)
+    return u_of_the_rest
+
+
 def logit_normal_time(generator: torch.Generator, count: int, shift: float) -> torch.Tensor:
-    """Times (count,) = sigma(sigmoid(N(0, 1))): stage `pretrain` and the fake score."""
+    """Times (count,), logit-normal and then shifted: shift_time(sigmoid(N(0, 1)), shift). For stage
+    `pretrain` and the fake score."""
     return shift_time(torch.randn(count, generator=generator).sigmoid(), shift)
 
 
@@ -170,7 +171,7 @@ TIME_WEIGHTS = {                             # densities over the shifted time, 
 
 
 @lru_cache
-def mean_time_weight(name: str, shift: float, either: float = 0.0) -> float:
+def mean_time_weight(name: str, shift: float, either: float) -> float:
     """Mean of a time weight under `flow_map_times`: the integral of w(sigma(a)) p(a) over [0, 1].
 
     p(a) is 2 a for the larger of two uniform draws and 1 for a single one; `either` is the share of

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from torch import nn
 
 TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out", "ffn.up", "ffn.down",
@@ -36,8 +36,8 @@ class LowRank(nn.Module):
         self.scale = scale
 
     def forward(self, x):
-        x = F.linear(x, self.down.to(x.dtype))                   # (..., R)
-        return self.scale * F.linear(x, self.up.to(x.dtype))
+        x = nnf.linear(x, self.down.to(x.dtype))                 # (..., R)
+        return self.scale * nnf.linear(x, self.up.to(x.dtype))
 
 
 def add_adapter(network: nn.Module, name: str, rank: int, alpha: float, without=()) -> None:

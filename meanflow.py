@@ -21,8 +21,8 @@ from flowmap import conditioned, expand, interpolate
 def finite_difference(u, z_t, t, r, v, epsilon: float):
     """d/dt of u(z_t, t, r) along the path (dz/dt = v), over [t - b, t + a], all in fp32.
 
-    a and b are epsilon, cut where the interval would leave [r, 1]: one-sided there. The quotient
-    divides by the gap that the fp32 times really have, not by the intended one.
+    a and b are epsilon, cut where the interval would leave [r, 1], no longer central there. The
+    quotient divides by the gap that the fp32 times really have, not by the intended one.
     """
     above, below = (t + epsilon).clamp(max=1), torch.maximum(t - epsilon, r)
     u_above = u(z_t + expand(above - t, z_t) * v, above, r)
@@ -51,17 +51,17 @@ class Settings:
 
 def meanflow_error(network, x, n, t, r, context, null_context, dropped,
                    settings: Settings, flow_rows: int = 0, guided_rows=slice(None), v=None,
-                   tangent: float = 1.0):
+                   tangent_scale: float = 1.0):
     """err (B,) of the forward loss, with gradient through u_c only.
 
-    context, null_context: with the prompt and with the empty one. dropped (B,) bool: rows whose
-    prompt is the empty one; their u_c and u_0 are one output, trained towards the plain velocity.
-    guided_rows: indices of the rows that get a u_0, at least all that are not dropped. null_context
-    has these rows alone, and is None where there are none.
-    flow_rows: of so many leading rows, all with r = t, no derivative is computed, as it would be
-    multiplied by zero. A Python int: to read it from t and r would make the host wait for the GPU.
+    context, null_context: with the prompt, and with the empty one for guided_rows alone (None: no
+    row). guided_rows: indices of the rows for which u_0 is computed, at least all not dropped.
+    dropped (B,) bool: rows whose prompt already is the empty one. There u_c = u_0, so w = 1, and
+    the target is the plain velocity.
+    flow_rows: how many leading rows, all with r = t, need no derivative: its factor is 0. A Python
+    int, as reading it from t and r would make the host wait for the GPU.
     v: velocity at z_t in place of the data's n - x, such as a teacher's.
-    tangent: factor of dF/dt in the target, below 1 while it warms up.
+    tangent_scale: factor of dF/dt in the target, below 1 while it warms up.
     """
     z_t = interpolate(x, n, t)
     v = n - x if v is None else v
@@ -69,7 +69,7 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
     F = network(z_t, t, r, context)
     if settings.guidance != 1 and null_context is not None:
         rows = guided_rows
-        u_0 = torch.zeros_like(v)                     # of no account in the others: there w = 1
+        u_0 = torch.zeros_like(v)                     # other rows keep 0: there w = 1
         with torch.no_grad():
             u_0[rows] = network(z_t[rows], t[rows], r[rows], null_context)
         F = (F - expand(1 - w, F) * u_0) / expand(w, F)
@@ -83,8 +83,8 @@ def meanflow_error(network, x, n, t, r, context, null_context, dropped,
         lower = torch.where(r < t, r, 0.0)
         derivative = DERIVATIVES[settings.derivative]
         du_dt = derivative(u, z_t[rest], t[rest], lower[rest], v[rest], settings.epsilon)
-        change = expand(tangent * (t - r)[rest] / w[rest], du_dt) * du_dt    # dF/dt ~ du_dt / w
-        target = torch.cat([v[:flow_rows], v[rest] - change])
+        factor = tangent_scale * (t - r)[rest] / w[rest]                     # dF/dt ~ du_dt / w
+        target = torch.cat([v[:flow_rows], v[rest] - expand(factor, du_dt) * du_dt])
     return (F - target).square().flatten(1).mean(1)
 
 
@@ -94,11 +94,11 @@ def balanced_loss(err, t, r, mu, fixed: float = 0.0):
 
     err (B,). mu: mean error of the r = t rows of the GLOBAL batch, a float or a tensor without
     gradient.
-    fixed: where r = t errors vanish, a scale b in place of mu: b / (err + b), which leaves errors
-    below b a plain square. 0: none.
+    fixed: a constant b in place of both, b / (err + b), for losses whose r = t errors vanish;
+    errors well below b are then a plain square. 0: use mu.
     """
-    small = 1e-5
     if fixed:
-        mu = small = fixed
-    scale = mu * (err.detach() + small).reciprocal()
+        scale = fixed * (err.detach() + fixed).reciprocal()
+    else:
+        scale = mu * (err.detach() + 1e-5).reciprocal()
     return torch.where(r < t, scale, 1.0) * err

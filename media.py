@@ -17,7 +17,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
@@ -145,9 +145,14 @@ def to_pixels(video: torch.Tensor, height: int = 128) -> np.ndarray:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).numpy()
 
 
-def contact_sheet(rows: torch.Tensor, gap: int = 2) -> torch.Tensor:
-    """Pictures (R, N, 3, H, W) -> one picture (3, R * (H + gap), N * (W + gap)) with grey gaps."""
-    cells = F.pad(rows, (0, gap, 0, gap), value=0.0)
+def from_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8, of any shape, as float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def contact_sheet(rows: torch.Tensor) -> torch.Tensor:
+    """Pictures (R, N, 3, H, W) -> one picture (3, R * (H + 2), N * (W + 2)) with grey gaps."""
+    cells = nnf.pad(rows, (0, 2, 0, 2), value=0.0)
     return cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 

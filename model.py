@@ -48,7 +48,7 @@ class ModelConfig:
     image_dim: int = 0            # image-to-video: width of Context.image; 0: no image tokens
     compressed: bool = False      # a second patch embedding, of patch 2 P, for older chunks
     gate: float = 0.25            # g in e = (1 - g) E(t) + g E'(r)
-    added: bool = False           # e = E(t) + E'(t - r) instead, with an E' that starts at zero
+    added: bool = False           # e = E(t) + E'(t - r) instead (networks.with_added_time)
     output_skip: float = 0.0      # > 0: add the exact average velocity of Gaussian data of this
                                   # standard deviation, which helps small networks from scratch
 
@@ -146,8 +146,8 @@ def layer_norm(x: torch.Tensor, norm: nn.LayerNorm | None = None) -> torch.Tenso
 
 
 class Linear(nn.Linear):
-    """A Linear that multiplies in the type of its input, and may carry low-rank adapters (lora.py):
-    that of the base, if any, and the one that a call names are added."""
+    """A Linear that multiplies in the type of its input and adds low-rank adapters (lora.py): the
+    base's own, BELOW, in every call, and the one that a call names."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__(dim_in, dim_out)
@@ -197,7 +197,7 @@ class Attention(nn.Module):
             self.norm_k_image = RMSNorm(dim)
 
     def keys_values(self, x, adapter: str = "") -> tuple:
-        """Keys, not rotated, and values of tokens x, (B, L', D) each."""
+        """Keys, not rotated, and values of tokens x, each of x's shape."""
         return self.norm_k(self.k(x, adapter)), self.v(x, adapter)
 
     def image_keys_values(self, image) -> tuple:
@@ -395,6 +395,7 @@ class FlowMapDiT(nn.Module):
 
     def forward(self, z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, context) -> torch.Tensor:
         """z (B, F, C, H, W), times t >= r of shape (B,) or (B, F) -> u (B, F, C, H, W), fp32.
+        Frames that are given have t = 0, whatever their r.
 
         context: prompt features (B, T, text_dim) alone, or a Context. A chunk of z sees itself and
         the cached chunks that end before it starts. Raises ValueError for latents that the patch
@@ -455,13 +456,13 @@ class FlowMapDiT(nn.Module):
         text = self.text_embed(text.to(self.time_proj.weight.dtype))
         return text, None if image is None else self.image_embed(image)
 
-    def stream_type(self) -> torch.dtype:
-        """Of what runs through the network, see the class."""
+    def residual_type(self) -> torch.dtype:
+        """Of the residual stream and of e: the weights' type with gradient, else fp32."""
         return self.time_proj.weight.dtype if torch.is_grad_enabled() else torch.float32
 
-    def embed_times(self, t, r, adapter: str = "") -> torch.Tensor:
+    def embed_times(self, t, r, adapter: str) -> torch.Tensor:
         """e (B, F or 1, D), the mixed embedding of both times."""
-        c, dtype = self.config, self.stream_type()
+        c, dtype = self.config, self.residual_type()
         e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype), adapter)
         # The adapters of teacher and fake score, which know one time, leave r_embed out.
         if c.second_time and (not adapter or adapter in self.r_embed.up.adapters):
@@ -490,7 +491,7 @@ class FlowMapDiT(nn.Module):
         if isinstance(prompt, torch.Tensor):
             tokens, image = self.embed_prompt(prompt, context.image)
             prompt = [tokens] * c.layers
-        x = embed(z.to(self.stream_type()), context.adapter)                 # (B, F, S, D)
+        x = embed(z.to(self.residual_type()), context.adapter)               # (B, F, S, D)
         spans = attention_spans(context, chunks, x.shape[2], prefill)
         layers = []
         for i, block in enumerate(self.blocks):
@@ -501,7 +502,7 @@ class FlowMapDiT(nn.Module):
         return x, layers
 
     def with_condition(self, z, context: Context) -> torch.Tensor:
-        """z with the channels beside it that tell of the clip: (B, F, C + image_channels, H, W)."""
+        """z and beside its channels the condition's: (B, F, C + image_channels, H, W)."""
         B, F, C, H, W = z.shape
         wanted = (F, self.config.image_channels, H, W) if self.config.image_channels else "nothing"
         condition, found = context.condition, "nothing"

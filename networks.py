@@ -1,8 +1,8 @@
 """The networks of a stage: which weights it starts from, and how they are laid over the processes.
 
 A network is made on the meta device, sharded, given memory and then filled tensor by tensor, so
-that no rank ever holds the whole of it. With adapters, all networks of a stage share one frozen
-base.
+that no rank ever holds the whole of it, but of fresh weights. With adapters, all networks of a
+stage share one frozen base.
 """
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -124,11 +124,10 @@ def find_weights(c: Config) -> Weights:
         config = student_config(c, PRESETS[c.preset])
         fresh = FlowMapDiT(config).init_weights(distributed.generator(c.seed, "init"))
         return Weights(config, (fresh.state_dict(), "fresh weights"))
-    student, adapters = origins["student"], {}
+    student, adapters, below, scores = origins["student"], {}, None, ()
+    flow_map = c.stage != "pretrain"
     if c.lora_rank:
         student, adapters = find_adapters(c, origins)
-    below, scores, flow_map = None, (), c.stage != "pretrain"
-    if c.lora_rank:
         config, state, below = wan.load_apart(student)
     else:
         config, state = wan.load(student)

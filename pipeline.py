@@ -30,7 +30,7 @@ class Pipeline:
     """What is needed to sample."""
     network: FlowMapDiT
     codec: object                # encoders.PatchPCA or encoders.WanCodec
-    words: object                # encoders.Words or encoders.WanText: prompts to features (B, T, D)
+    words: object                # encoders.Words or encoders.WanText: features of prompts
     config: dict                 # of training: shift, guidance, full_chunks, ...
     latent_shape: tuple          # (F, C, h, w)
     chunks: tuple                # latent frames of each chunk; one chunk: a bidirectional model
@@ -39,6 +39,11 @@ class Pipeline:
     batch: int = 48              # clips made at a time
     fps: float = 8               # frames a second of a clip
     adapter: str = ""            # of the network, that is sampled
+
+    def encode_prompts(self, captions: list[str], image=None) -> tuple:
+        """Their keys and values in every cross-attention, for a Context."""
+        device = next(self.network.parameters()).device
+        return self.network.encode_prompt(self.words(captions).to(device), image)
 
     def default_guidance(self, sampler: str) -> float:
         """1 where it is built in: for flow maps, and under the consistency sampler."""
@@ -52,7 +57,7 @@ def load_pipeline(path, device="cpu", base=None, frames: int = 81, height: int =
     """The pipeline of a finished stage, RUN/STAGE, or of Wan or AnyFlow weights (see wan.load).
 
     base: Wan pipeline folder with text encoder and autoencoder, for networks of Wan's latents.
-    frames, height, width: of the clips, in pixels, where the weights come without a run.
+    frames, height, width: of the clips, pixel frames and pixels, where weights come without a run.
     chunks: latent frames of each chunk, in place of `frames`, for causal weights whose file does
     not say so; without a compressed patch embedding (Self-Forcing, Krea) all are seen in full.
     tiling: of the autoencoder, see encoders.WanCodec. bf16: of the network's weights and products
@@ -150,8 +155,9 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
     window: how many chunks the cache keeps (None: as in training, which long videos need; 0: all).
     prompt_at: another caption for all clips from chunk m on; more may be added between two chunks.
     picture: what `read_picture` makes of a first frame. on_step: see flowmap.watched.
-    Raises ValueError for unknown words, an unknown sampler, a grid that does not fall from 1 to 0,
-    a `given` that does not end where a chunk ends, a picture that is missing or not wanted.
+    Raises ValueError for unknown words or too many, an unknown sampler, a grid that does not fall
+    from 1 to 0, chunks of a model of whole clips, a `given` that does not end where a chunk ends, a
+    picture that is missing or not wanted, and latents that are no finite numbers.
     """
     net, device = pipeline.network, next(pipeline.network.parameters()).device
     if sampler not in SAMPLERS:
@@ -173,12 +179,12 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
     prompt_at = {} if prompt_at is None else prompt_at
     for text in prompt_at.values():
         pipeline.words([text])               # what is wrong with it is said before the first chunk
-    text = pipeline.words(captions).to(device)
-    context = Context(net.encode_prompt(text, image), condition=condition, adapter=pipeline.adapter)
+    context = Context(pipeline.encode_prompts(captions, image), condition=condition,
+                      adapter=pipeline.adapter)
     null = None                                          # the same with the empty prompt
     if guidance != 1:
-        null_text = pipeline.words([pipeline.null_prompt] * len(captions)).to(device)
-        null = replace(context, text=net.encode_prompt(null_text, image))
+        null_prompts = [pipeline.null_prompt] * len(captions)
+        null = replace(context, text=pipeline.encode_prompts(null_prompts, image))
 
     noise = distributed.noise_stream("sample", slots=seeds)
     renoise = distributed.noise_stream("renoise", slots=seeds)
@@ -189,24 +195,27 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
             if null:
                 null = append_chunk(net, null, z_0, full_chunks, window)
         if m in prompt_at:
-            text = pipeline.words([prompt_at[m]] * len(captions)).to(device)
-            context = replace(context, text=net.encode_prompt(text, image))
+            prompts = [prompt_at[m]] * len(captions)
+            context = replace(context, text=pipeline.encode_prompts(prompts, image))
         u = conditioned(net, context)
         if null:
             u = guided(u, conditioned(net, null), guidance)
         z = noise((frames, *pipeline.latent_shape[1:])).to(device)
         kept = z[:, :0] if given is None else given[:, context.start:context.start + frames]
         z_0 = sample_chunk(u, z, kept, grid, sampler, renoise, on_step)
-        finite = z_0.isfinite().flatten(1).all(1).tolist()
-        if not all(finite):
-            bad = finite.index(False)
-            raise ValueError(f"the clip of {captions[bad]!r}, seed {seeds[bad]}, has latents that "
-                             f"are no finite numbers: the weights are damaged, or --guidance is "
-                             f"too large")
+        check_finite(z_0, captions, seeds)
         yield z_0
 
 
-def sample_chunk(u, z, given, grid, sampler: str, renoise, on_step=None) -> torch.Tensor:
+def check_finite(z_0, captions, seeds) -> None:
+    finite = z_0.isfinite().flatten(1).all(1).tolist()
+    if not all(finite):
+        bad = finite.index(False)
+        raise ValueError(f"the clip of {captions[bad]!r}, seed {seeds[bad]}, has latents that are "
+                         "no finite numbers: the weights are damaged, or --guidance is too large")
+
+
+def sample_chunk(u, z, given, grid, sampler: str, renoise, on_step) -> torch.Tensor:
     """A chunk's noise z -> z_0. given: its first frames, none to all of them, which are kept."""
     count = given.shape[1]
     if count == z.shape[1]:
@@ -299,7 +308,7 @@ def given_latents(pipeline: Pipeline, path: Path, is_image: bool, chunks) -> tor
     if length(whole) < len(video):
         print(f"{path}: its first {length(whole)} frames at {pipeline.fps:g} a second are used, "
               f"{ends.index(whole) + 1} whole chunks")
-    return pipeline.codec.encode(video[None, :length(whole)].float() / 127.5 - 1)
+    return pipeline.codec.encode(media.from_pixels(video[None, :length(whole)]))
 
 
 def read_picture(pipeline: Pipeline, path: Path, frames: int) -> tuple:
@@ -307,7 +316,7 @@ def read_picture(pipeline: Pipeline, path: Path, frames: int) -> tuple:
     image inputs: features (1, I, image_dim), or None where it takes none, and what is told of the
     clip (1, F, image_channels, h, w). Raises ValueError for what cannot be read."""
     frame = media.read_picture(path, *sides(pipeline))
-    condition = pipeline.codec.condition(frame[None].float() / 127.5 - 1, frames)
+    condition = pipeline.codec.condition(media.from_pixels(frame[None]), frames)
     return pipeline.picture(frame) if pipeline.picture else None, condition
 
 

@@ -74,11 +74,11 @@ def update(case: Case, nets: dict, parts: dict, world) -> None:
     train.update(case.c, nets, parts, batches, 0, world, log)
 
 
-def build(case: Case, world, fake):
+def build(case: Case, world, mode=None):
     """({name: network}, {name: Trainable}) of a stage, as train.py makes them, with random weights.
-    fake(): the context in which they get their memory."""
+    mode: a FakeTensorMode, for networks that take no memory."""
     nets = networks.build(case.c, networks.student_config(case.c, case.config), world)
-    with fake():
+    with mode or nullcontext():
         for module in networks.modules_of(nets):
             module.to_empty(device=world.device)
             for p in module.parameters():
@@ -180,7 +180,7 @@ def simulate(case: Case) -> dict:
     # But this number is a true one:
     flowmap.mean_time_weight(case.c.time_weight, case.c.shift, case.c.either_share)
     try:
-        nets, parts = build(case, world, lambda: mode)
+        nets, parts = build(case, world, mode)
         out, ledger = kept(nets, parts), Ledger(mode, case.gpus)
         with mode:
             weights = [p for module in networks.modules_of(nets) for p in module.parameters()]
@@ -209,9 +209,9 @@ def memory(case: Case) -> dict:
 
 
 def with_peak(found: dict) -> dict:
-    kept = {name: found[name] for name in ("parameters", "gradients", "optimiser", "EMA")}
+    lasting = {name: found[name] for name in ("parameters", "gradients", "optimiser", "EMA")}
     peak = max(found["peaks"])
-    return kept | {"activations": peak - sum(kept.values()), "peak": peak,
+    return lasting | {"activations": peak - sum(lasting.values()), "peak": peak,
                    "gathered": found["gathered"], "reduced": found["reduced"]}
 
 
@@ -259,6 +259,6 @@ def measure(case: Case) -> int:
     distributed.barrier(world)
     torch.randn(64, 64) @ torch.randn(64, 64)
     before = resident("VmRSS")
-    nets, parts = build(case, world, nullcontext)
+    nets, parts = build(case, world)
     update(case, nets, parts, world)
     return resident("VmHWM") - before

@@ -113,12 +113,15 @@ class Player:
         mode, model, prompt, seed, steps = asked.values()
         models = [name for name in self.models if mode != "stream" or self.models[name][2]]
         limits = {
-            f"one of {', '.join(MODES)}": mode in MODES,
-            f"one of {', '.join(models) or 'none, as none makes chunks'}": model in models,
-            "text of 1 to 2000 letters": isinstance(prompt, str) and 0 < len(prompt) <= 2000,
-            "a whole number from 0 to 2147483647": type(seed) is int and 0 <= seed < 2**31,
-            "a whole number from 1 to 64": type(steps) is int and 1 <= steps <= 64}
-        for name, (limit, kept) in zip(asked, limits.items()):
+            "mode": (f"one of {', '.join(MODES)}", mode in MODES),
+            "model": (f"one of {', '.join(models) or 'none, as none makes chunks'}",
+                      model in models),
+            "prompt": ("text of 1 to 2000 letters",
+                       isinstance(prompt, str) and 0 < len(prompt) <= 2000),
+            "seed": ("a whole number from 0 to 2147483647",
+                     type(seed) is int and 0 <= seed < 2**31),
+            "steps": ("a whole number from 1 to 64", type(steps) is int and 1 <= steps <= 64)}
+        for name, (limit, kept) in limits.items():
             if not kept:
                 raise ValueError(f"{name} {str(asked[name])[:40]!r}: must be {limit}")
         if self.words:                                   # free text has no unknown words
@@ -145,27 +148,28 @@ class Player:
             self.making.release()
 
     def settings(self, asked: dict):
-        """(pipeline, arguments of its samplers), as sample.py has them."""
+        """(pipeline, what pipeline.latents is asked for), as sample.py has them."""
         folder, sampler, _ = self.models[asked["model"]]
         pipeline = self.load(folder)
-        guidance = pipeline.default_guidance(sampler)
-        grid = flowmap.time_grid(asked["steps"], pipeline.config["shift"])
-        return pipeline, ([asked["prompt"]], [asked["seed"]], grid, sampler, guidance)
+        return pipeline, {
+            "captions": [asked["prompt"]], "seeds": [asked["seed"]], "sampler": sampler,
+            "grid": flowmap.time_grid(asked["steps"], pipeline.config["shift"]),
+            "guidance": pipeline.default_guidance(sampler)}
 
     def clip(self, asked: dict, emit, label: str, each: bool = False) -> None:
         """A clip; each: as it is after each step."""
-        (pipeline, arguments), seen, started = self.settings(asked), [], time.time()
-        steps, grid, sampler = asked["steps"], *arguments[2:4]
+        pipeline, options = self.settings(asked)
+        steps, seen, started = asked["steps"], [], time.time()
         progress = {"making": label, "of": steps * len(pipeline.chunks)}
 
         def on_step(z):
             seen.append(z.cpu())
             emit(progress | {"step": len(seen)})
-        z_0 = torch.cat(list(latents(pipeline, *arguments, on_step=on_step)), 1).cpu()
+        z_0 = torch.cat(list(latents(pipeline, **options, on_step=on_step)), 1).cpu()
         shown = [(label, f"{time.time() - started:.2f} s", z_0)]
         if each:                                         # step k of every chunk
-            at = "t =" if sampler == "euler" else "clean, before noise of t ="
-            shown = [(f"{label} {k + 1} of {steps}", f"{at} {grid[k + 1]:.2f}",
+            at = "t =" if options["sampler"] == "euler" else "clean, before noise of t ="
+            shown = [(f"{label} {k + 1} of {steps}", f"{at} {options['grid'][k + 1]:.2f}",
                       torch.cat(seen[k::steps], 1)) for k in range(steps)]
         for name, about, z in shown:
             emit({"clip": name, "about": about, "command": self.command(asked),
@@ -173,9 +177,10 @@ class Player:
 
     def stream(self, asked: dict, emit) -> None:
         """Chunks without end, a second ahead of what is seen."""
-        (pipeline, arguments), prompts = self.settings(asked), {}
+        pipeline, options = self.settings(asked)
+        prompts = {}
         chunks = itertools.chain(pipeline.chunks, itertools.repeat(max(pipeline.chunks)))
-        pieces = stream(pipeline, *arguments, chunks=chunks, prompt_at=prompts,
+        pieces = stream(pipeline, **options, chunks=chunks, prompt_at=prompts,
                         on_step=lambda z: emit({}))
         self.running, frames, started = asked["id"], 0, time.time()
         for m in itertools.count():
@@ -205,11 +210,12 @@ class Player:
         flags = {"--ckpt": folder, "--base": self.args.base, "--prompt": asked["prompt"],
                  "--seed": asked["seed"], "--steps": asked["steps"], **sizes,
                  "--sampler": None if sampler == "euler" else sampler,
-                 **({"--frames": frames} if frames else {})}
+                 "--frames": frames or None}
         line = [word for flag in flags.items() if flag[1] is not None for word in flag]
         for m, prompt in (prompts or {}).items():
             line += ["--prompt-at", m, prompt]
-        return shlex.join(["python", "sample.py", *map(str, line), *["--stream"][:frames]])
+        line += ["--stream"] if frames else []
+        return shlex.join(["python", "sample.py", *map(str, line)])
 
 
 def pictures(video: torch.Tensor) -> list[str]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import claims
 import cli
+import config
 from claims import place, record_of, records, settings, stage_of
 
 HERE = Path(__file__).parent
@@ -31,7 +32,7 @@ HERE = Path(__file__).parent
 
 def finished(name: str, seed: int) -> bool:
     """Whether later runs can start from it."""
-    return begun(name, seed) and (place(name, seed) / stage_of(name) / "model.safetensors").exists()
+    return begun(name, seed) and config.finished(place(name, seed) / stage_of(name))
 
 
 def begun(name: str, seed: int) -> bool:
@@ -137,9 +138,9 @@ def rounded(row: dict) -> dict:
             for key, value in row.items()}
 
 
-def thinned(rows: list[dict], most: int = 60) -> list[dict]:
-    """At most so many rows, each the mean of its neighbours."""
-    some = max(1, -(-len(rows) // most))
+def thinned(rows: list[dict]) -> list[dict]:
+    """At most 60 rows, each the mean of its neighbours."""
+    some = max(1, -(-len(rows) // 60))
     parts = [rows[i:i + some] for i in range(0, len(rows), some)]
     return [rounded({key: statistics.fmean(row[key] for row in part if key in row)
                      for key in part[0]}) | {"step": part[-1]["step"]} for part in parts]

@@ -104,27 +104,8 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
     if c.base and not Path(c.base).exists():
         raise ValueError(f"--base {c.base}: not there; give a finished stage, or a file or folder "
                          "of weights (--base none: none)")
-    now = settings(c)
     for place in map(Path, origins(c).values()):
-        if stage.resolve() in (place.resolve(), *place.resolve().parents):
-            raise ValueError(f"--base {c.base}: lies in the folder of the stage itself, which "
-                             "--fresh would delete. Leave --base out to go on with the stage, or "
-                             "give another --run-dir")
-        if place.parent == Path(c.run_dir) and not finished(place):
-            name = place.name.removeprefix("causal-")
-            other = "; or give a teacher as --base" if c.stage == "flowmap" else ""
-            raise ValueError(f"stage {c.stage} needs stage {name}, which is not finished in "
-                             f"{c.run_dir}. First run: {first_command(c, name)}{other}")
-        if place.parent == Path(c.run_dir):
-            then = absolute(record_of(place).get("config", {}))
-            for name in ("preset", "data", "frames", "size"):
-                if name in then and differ(name, then[name], now[name]):
-                    raise ValueError(f"stage {c.stage} starts from {place}, which was trained with "
-                                     f"--{name} {then[name]}, not {now[name]}: leave --{name} out, "
-                                     f"or give another --run-dir")
-        if not place.exists():
-            raise ValueError(f"stage {c.stage} needs {place}, which is not there any more: put it, "
-                             "or a link to it, there again, or train the run anew")
+        check_origin(c, place)
     per_step = world.size * micro_batch(c, world.size)
     if c.batch_size % per_step:
         raise ValueError(f"--batch-size {c.batch_size} is not a multiple of {per_step}: "
@@ -135,22 +116,55 @@ def check_start(c: Config, world) -> tuple[bool, dict]:
     # What a launch has begun afresh it goes on with, when it is started once more.
     fresh = distributed.on_main(
         lambda: c.fresh and not distributed.is_restart(begun.get("launch")), world)
-    if not begun and not fresh and (finished(stage) or checkpoint.checkpoints(stage)):
-        raise ValueError(f"{stage} holds what was trained, but its config.json, which says how, is "
-                         "gone: put it there again, or train the stage anew with --fresh")
-    if begun and not fresh:
-        if change := change_between(begun.get("config", {}), settings(c)):
-            raise ValueError(f"{stage} was started with {change}: use --fresh to start it anew, or "
-                             "another --run-dir")
-        if finished(stage) and not checkpoint.checkpoints(stage):
-            raise ValueError(f"{stage} is finished, but its checkpoints are gone: training would "
-                             "begin at 0 and overwrite it. Put checkpoints/ there again, or train "
-                             "it anew with --fresh")
-        for role, checksum in sums.items():
-            if begun.get("built_on", {}).get(role, checksum) != checksum:
-                raise ValueError(f"{stage} was started on other weights than {origins(c)[role]} "
-                                 "holds now: use --fresh to start this stage anew, too")
+    if not fresh:
+        check_begun(c, begun, sums)
     return fresh, sums
+
+
+def check_origin(c: Config, place: Path) -> None:
+    """Raises ValueError where the stage cannot start from the weights there."""
+    stage, now = stage_folder(c), settings(c)
+    if stage.resolve() in (place.resolve(), *place.resolve().parents):
+        raise ValueError(f"--base {c.base}: lies in the folder of the stage itself, which --fresh "
+                         "would delete. Leave --base out to go on with the stage, or give another "
+                         "--run-dir")
+    if place.parent == Path(c.run_dir):              # a stage of this run
+        if not finished(place):
+            name = place.name.removeprefix("causal-")
+            other = "; or give a teacher as --base" if c.stage == "flowmap" else ""
+            raise ValueError(f"stage {c.stage} needs stage {name}, which is not finished in "
+                             f"{c.run_dir}. First run: {first_command(c, name)}{other}")
+        then = absolute(record_of(place).get("config", {}))
+        for name in ("preset", "data", "frames", "size"):
+            if name in then and differ(name, then[name], now[name]):
+                raise ValueError(f"stage {c.stage} starts from {place}, which was trained with "
+                                 f"--{name} {then[name]}, not {now[name]}: leave --{name} out, or "
+                                 f"give another --run-dir")
+    if not place.exists():
+        raise ValueError(f"stage {c.stage} needs {place}, which is not there any more: put it, or "
+                         "a link to it, there again, or train the run anew")
+
+
+def check_begun(c: Config, begun: dict, sums: dict) -> None:
+    """Raises ValueError where the stage, of which `begun` is the record, cannot go on. sums:
+    `built_on` now."""
+    stage = stage_folder(c)
+    if not begun:
+        if finished(stage) or checkpoint.checkpoints(stage):
+            raise ValueError(f"{stage} holds what was trained, but its config.json, which says how,"
+                             " is gone: put it there again, or train the stage anew with --fresh")
+        return
+    if change := change_between(begun.get("config", {}), settings(c)):
+        raise ValueError(f"{stage} was started with {change}: use --fresh to start it anew, or "
+                         "another --run-dir")
+    if finished(stage) and not checkpoint.checkpoints(stage):
+        raise ValueError(f"{stage} is finished, but its checkpoints are gone: training would begin "
+                         "at 0 and overwrite it. Put checkpoints/ there again, or train it anew "
+                         "with --fresh")
+    for role, checksum in sums.items():
+        if begun.get("built_on", {}).get(role, checksum) != checksum:
+            raise ValueError(f"{stage} was started on other weights than {origins(c)[role]} holds "
+                             "now: use --fresh to start this stage anew, too")
 
 
 def settings(c: Config) -> dict:
@@ -308,14 +322,14 @@ def begun_by(c: Config) -> dict:
         return {}
 
 
-def locked_by(file, wait: float = 150) -> str:
+def locked_by(file) -> str:
     """Lock an open file until it is closed, or say who has done so.
 
     The system takes the lock back when the process ends, however it ends. Over several nodes it
     holds where the network disk passes flock on (NFS 4, Lustre with -o flock); else on each alone.
-    That of a node that died ends with its lease, for which a restart waits some seconds (`wait`).
+    That of a node that died ends with its lease, for which a restart waits.
     """
-    end = time.time() + wait
+    end = time.time() + 150                          # seconds
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

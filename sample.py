@@ -37,7 +37,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--stage", type=cli.choice(STAGES), metavar="NAME",
         help="pretrain, flowmap or distill (default: the furthest that is finished)")
     add("--steps", type=int, least=1, default=4,
-        help="network calls, any number from 1 up (default 4)")
+        help="of each chunk, any number from 1 up: a call each, two with guidance (default 4)")
     add("--grid", metavar="T,...", help="times from 1 to 0, in place of --steps (default none)")
     add("--shift", type=float, help="timestep shift of the grid (default: the one trained with)")
     add("--seed", type=int, default=0, help="of the first clip; others count on (default 0)")
@@ -85,7 +85,8 @@ def check(args) -> None:
         raise ValueError('no prompt: give --prompt "..." or --prompts FILE')
     for pair in (("ckpt", "run_dir"), ("ckpt", "stage"), ("ckpt", "causal"), ("image", "video"),
                  ("save_latents", "sheet"), ("save_latents", "vbench"), ("stream", "save_latents"),
-                 ("stream", "sheet"), ("stream", "vbench"), ("stream", "tiling")):
+                 ("stream", "sheet"), ("stream", "vbench"), ("stream", "tiling"),
+                 ("vbench", "sheet"), ("grid", "shift")):
         if all(getattr(args, name) for name in pair):
             names = (f"--{name.replace('_', '-')}" for name in pair)
             raise ValueError(f"{' and '.join(names)}: give one of them")
@@ -275,7 +276,8 @@ def write_clips(args, stage, world, pipeline, captions, seeds, grid, options: di
         data.same_settings(beside, now, args.out, "*.mp4")
     todo = [i for i in range(world.rank, len(paths), world.size)
             if not (args.vbench and paths[i].exists())]
-    quiet, made = len(todo) <= pipeline.batch or not world.is_main, []
+    quiet = len(todo) <= pipeline.batch or not world.is_main
+    made = []
     for rows in batches(todo, pipeline, captions, options, quiet):
         clips = generate(pipeline, [captions[i] for i in rows], [seeds[i] for i in rows], grid,
                          **options)

@@ -7,7 +7,6 @@ import gc
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,8 +59,8 @@ class RandomClips:
     """Latents and prompts, as a set of latents gives them."""
     conditioning = ()
 
-    def __init__(self, config: ModelConfig, shape, tokens: int = 16):
-        self.latent_shape, self.null_text = shape, torch.zeros(tokens, config.text_dim)
+    def __init__(self, config: ModelConfig, shape):
+        self.latent_shape, self.null_text = shape, torch.zeros(16, config.text_dim)
 
     def draw(self, indices, seed):
         g = generator("clips", seed)
@@ -74,7 +73,7 @@ def update_of(c: Config, config: ModelConfig, shape, world, built=None):
     networks and what is trained of them, of the same stage and form."""
     case = plan.Case(c, config, shape, gpus=1)
     case.c = replace(case.c, batch_size=c.batch_size, micro_batch=c.batch_size)
-    nets, parts = built or plan.build(case, world, nullcontext)
+    nets, parts = built or plan.build(case, world)
     batch = updates.draw_batch(case.c, RandomClips(config, shape), world, 1, 0)
     if batch.rollout:                                # a step in the middle, of three jumps
         batch.rollout.k = (len(batch.rollout.grid) - 1) // 2
@@ -103,8 +102,7 @@ def costs(config: ModelConfig, shape, preset: str, repeats: int, world):
                              for name, c in calls.items()}, repeats, world.device)
             name = f"flowmap / flow matching, {form}, checkpointing {'yes' if on else 'no'}"
             yield name, times["flowmap"] / times["plain"]
-        built = plan.build(plan.Case(settings("distill", causal), config, shape, gpus=1), world,
-                           nullcontext)
+        built = plan.build(plan.Case(settings("distill", causal), config, shape, gpus=1), world)
         cases = [(rollout, n) for rollout in SIMULATIONS for n in (2, 4, 8, 16, 50)]
         calls = {case: update_of(settings("distill", causal, rollout=case[0], budgets=str(case[1])),
                                  config, shape, world, built) for case in cases}
@@ -132,8 +130,8 @@ def calls_of_both(config: ModelConfig, batch: int, shape, tokens: int, backward:
     ours = random_network(config)
     other, g = theirs(ours), generator("peers")
     z = torch.randn(batch, shape[0], config.channels, *shape[1:], generator=g)
-    t, text = torch.rand(batch, generator=g), torch.randn(batch, tokens, config.text_dim,
-                                                                   generator=g)
+    t = torch.rand(batch, generator=g)
+    text = torch.randn(batch, tokens, config.text_dim, generator=g)
     times = (1000 * t)[:, None].expand(-1, shape[0])
 
     def call(forward):
@@ -187,7 +185,7 @@ def their_rollout(network, c: ModelConfig, z, text, grid) -> None:
         network(clip[:, :i + 1], zero, zero, text, partition, kv_cache=cache, kv_cache_flag=flag)
 
 
-# Of the causal network; one that neither pads (128 tokens a frame).
+# The causal network that is compared: 128 tokens a frame, which neither implementation pads.
 CAUSAL = ModelConfig(dim=96, heads=4, layers=4, ffn_dim=384, channels=16, text_dim=64, freq_dim=64,
                      compressed=True)
 
@@ -351,7 +349,7 @@ def gpu(cases: list, others: list, world, compiled) -> list[dict]:
 def seconds_of(case: plan.Case, world) -> float:
     """Of an update of the kind that is planned."""
     emptied(world.device)
-    nets, parts = plan.build(case, world, nullcontext)
+    nets, parts = plan.build(case, world)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     return medians({"update": lambda: plan.update(case, nets, parts, world)}, 2,

@@ -46,17 +46,19 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
     """One update of a stage. nets: networks by role: student, teacher, fake; parts: those that
     train, each with its optimiser (checkpoint.Trainable); batches: the micro-batches of this rank;
     log: distributed.Sums. Returns the gradient norms."""
-    student, rolled_out = nets["student"], []
+    student = nets["student"]
+    rolled_out = []                                  # (batch, z_0) for the fake score
     flow_errors = distributed.RunningMean(world)
     for micro_step, drawn in enumerate(batches):
         batch = drawn.to(world.device)
+        # Gradients are reduced over ranks in the last backward pass of the last micro-batch.
         last = micro_step + 1 == micro_steps(c, world.size)
         if c.stage == "pretrain":
             err = updates.flow_matching_error(student, batch)
             log.add("loss", err)
             backward(err, student, last, c, world)
-        # The pass that reaches all weights comes first: gradients that FSDP adds up over passes are
-        # fp32, later ones alone bf16, and torch 2.11 cannot reduce both at once.
+        # The forward loss comes first, as it reaches every weight. FSDP sums gradients over passes
+        # in fp32, but one of the last pass alone is bf16, and torch 2.11 cannot reduce both.
         if c.stage == "flowmap" or (c.stage == "distill" and c.cotrain):
             err = updates.flow_map_error(student, batch, c, nets.get("teacher"))
             loss = balanced(err, batch, flow_errors, c, log)
@@ -75,7 +77,7 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
             log.add("dmd", dmd.dmd_loss(z_0, gradient))
             log.add("dmd_gradient", gradient.flatten(1).norm(dim=1))
             backward_chunks(chunks[-1], z_0, gradient, batch, student, last, c, world)
-            rolled_out.append((replace(drawn, rollout=None), z_0))   # its noise is large
+            rolled_out.append((replace(drawn, rollout=None), z_0))   # without noise, which is large
 
     norms = {"grad_norm": optimizer_step(parts["student"], learning_rate(c, step, c.lr), c.clip)}
     if math.isfinite(norms["grad_norm"]):
@@ -96,22 +98,24 @@ def update(c: Config, nets: dict, parts: dict, batches, step: int, world, log) -
 
 
 def backward_chunks(last_chunk, z_0, gradient, batch, student, last: bool, c: Config, world):
-    """DMD's gradient to the student, chunk by chunk: what is cached carries none, so the chunks
-    before the last are made again, one graph at a time, from the same noise and the same past."""
+    """Send DMD's gradient (B, F, C, H, W) back into the student, a chunk at a time. The cache has
+    no gradient, so chunks have separate graphs. The last chunk's is there; the others are made
+    again, one by one, from the same noise and past (updates.roll_out)."""
     frames = z_0.shape[1]
     *earlier, last_part = gradient.split(chunks_of(c, frames), 1)
 
-    def share(chunk, part) -> torch.Tensor:
+    def chunk_loss(chunk, part) -> torch.Tensor:     # they add up to dmd_loss of the clip
         return dmd.dmd_loss(chunk, part) * (chunk.shape[1] / frames)
-    backward(share(last_chunk, last_part), student, last and not earlier, c, world)
+    backward(chunk_loss(last_chunk, last_part), student, last and not earlier, c, world)
     again = updates.roll_out(student, batch, batch.rollout, c, graph="all", made=z_0)
     for part, chunk in zip(earlier, again):
-        backward(share(chunk, part), student, last and part is earlier[-1], c, world)
+        backward(chunk_loss(chunk, part), student, last and part is earlier[-1], c, world)
 
 
 def balanced(err, batch, flow_errors, c: Config, log) -> torch.Tensor:
-    """The forward loss (B,), scaled by the r = t errors of the global batch. Their rows come first
-    in it, so the mean is complete by the time that the first r < t row needs it."""
+    """The forward loss (B,): err, balanced and weighted. flow_errors: the mean r = t error so far,
+    over micro-batches and ranks. These rows come first in the global batch (flow_map_times), so the
+    mean is complete when the first r < t row needs it."""
     weight = time_weight(batch.t, c.time_weight, c.shift, c.either_share)
     # The released order weighs first: w(t) then cancels where r < t.
     weighted = err * weight if c.weight_before_balance else err
@@ -135,7 +139,7 @@ def backward(loss, network, last: bool, c: Config, world) -> None:
 def optimizer_step(part: checkpoint.Trainable, lr: float, clip: float) -> float:
     """Clip and step; returns the gradient norm. A non-finite gradient changes nothing."""
     norm = torch.nn.utils.clip_grad_norm_(part.network.parameters(), clip)
-    norm = checkpoint.whole(norm).item()
+    norm = checkpoint.gathered(norm).item()
     if math.isfinite(norm):
         part.optimizer.param_groups[0]["lr"] = lr
         part.optimizer.step()
@@ -145,7 +149,8 @@ def optimizer_step(part: checkpoint.Trainable, lr: float, clip: float) -> float:
 
 def train(c: Config) -> Path:
     """Train (or go on with) one stage; returns its folder. Raises ValueError with what to do when
-    it cannot, OSError for what cannot be read or written."""
+    it cannot, OSError for what cannot be read or written, SystemExit for gradients that are no
+    finite numbers time and again."""
     world = distributed.start(c.device, c.deterministic)
     fresh, built_on = runs.check_start(c, world)
     source = runs.open_source(c, fresh)              # decodes videos: a signal ends it at once
@@ -183,7 +188,7 @@ def train_until(stopping: distributed.StopSignal, c: Config, source, nets: dict,
         say(f"stage {c.stage}: resumed from update {first} of {c.steps} in {stage}" if first else
             f"stage {c.stage} in {stage}: {origins or 'fresh weights'}; recipe of {c.preset};"
             f" clips of {c.data}: latents {' x '.join(map(str, source.latent_shape))}")
-        size = sum(x.nbytes for name, part in parts.items() for x in part.tensors(name).values())
+        size = sum(x.nbytes for x in checkpoint.training_state(parts).values())
         say(f"weights that train, moments and average: {size / 1e6:.0f} MB over all processes; "
             "gradients and activations come on top. How long it takes, the bar says")
 

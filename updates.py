@@ -47,7 +47,7 @@ class Batch:
     r: torch.Tensor
     roles: tuple                 # how many rows have r = t, then r = 0, then another r < t
     some_gap: bool               # whether any rank of this micro-step has a row with r < t
-    tangent: float = 1.0         # factor of dF/dt in the target
+    tangent_scale: float = 1.0   # factor of dF/dt in the target
     whole_t: torch.Tensor | None = None      # causal flowmap, some updates: the clip as one chunk
     whole_noise: torch.Tensor | None = None
     rollout: Rollout | None = None           # distill
@@ -64,9 +64,10 @@ class Batch:
     def to(self, device) -> "Batch":
         """The same with all tensors on a device, but for the noise of rollouts, which moves when
         it is used."""
-        moved = {name: distributed.sent(value, device) for name, value in vars(self).items()
-                 if isinstance(value, torch.Tensor)}
-        conditioning = {name: distributed.sent(v, device) for name, v in self.conditioning.items()}
+        moved = {name: distributed.to_device(x, device) for name, x in vars(self).items()
+                 if isinstance(x, torch.Tensor)}
+        conditioning = {name: distributed.to_device(x, device)
+                        for name, x in self.conditioning.items()}
         return replace(self, **moved, conditioning=conditioning)
 
 
@@ -82,7 +83,7 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
     key = 10**7 * stage + step                       # no stage draws what another drew
     shape = source.latent_shape
     count = micro_batch(c, world.size)
-    slots = distributed.slots(world, count, micro_step)
+    slots = distributed.slots(world, count, micro_step)      # this rank's places in the batch
 
     def generator(purpose: str) -> torch.Generator:
         return distributed.generator(c.seed, key, purpose)
@@ -101,19 +102,19 @@ def draw_batch(c: Config, source, world, step: int, micro_step: int) -> Batch:
         t, r = flowmap.flow_map_times(generator("time"), c.batch_size, c.shift, c.flow_fraction,
                                       c.consistency_fraction, c.flow_times)
     first = micro_step * world.size * count
-    everyone = slice(first, first + world.size * count)      # the slots of all ranks, this time
-    guided = (~dropped[slots]).nonzero()[:, 0]
-    if not len(guided) and not dropped[everyone].all():
-        guided = torch.zeros(1, dtype=torch.long)    # under FSDP all ranks make the same calls
+    all_ranks = slice(first, first + world.size * count)     # places of all ranks, this micro-step
+    guided = (~dropped[slots]).nonzero()[:, 0]       # rows that get a u_0: those with a prompt
+    if not len(guided) and not dropped[all_ranks].all():
+        guided = torch.zeros(1, dtype=torch.long)    # FSDP: others call u_0, so must this rank
     if len(guided) and c.compile:
-        guided = torch.arange(count)                 # every other size would be compiled, too
+        guided = torch.arange(count)                 # one shape: each new number would be compiled
     batch = Batch(x=x, n=noise("noise")[:, start:sum(chunks)], text=text,
                   null_text=source.null_text.expand_as(text), dropped=dropped[slots],
                   guided_rows=guided, chunks=chunks, start=start, t=t[slots], r=r[slots],
                   conditioning={name: conditioning[name] for name in source.conditioning},
-                  roles=roles_of(t[slots], r[slots]), some_gap=bool((r < t)[everyone].any()))
+                  roles=roles_of(t[slots], r[slots]), some_gap=bool((r < t)[all_ranks].any()))
     if c.stage == "flowmap" and step < c.tangent_warmup:
-        batch.tangent = step / c.tangent_warmup
+        batch.tangent_scale = step / c.tangent_warmup
     if c.stage == "flowmap" and c.causal:
         if torch.rand((), generator=generator("whole coin")) < c.bidirectional_fraction:
             whole_t = flowmap.logit_normal_time(generator("whole"), c.batch_size, c.shift)
@@ -145,9 +146,9 @@ def draw_chunks(c: Config, frames: int, generator) -> tuple[tuple, int]:
 
 
 def roles_of(t, r) -> tuple[int, int, int]:
-    """How many rows have r = t, r = 0, and another r. Raises ValueError for another order, on which
-    balance and derivative rest (flowmap.flow_map_times)."""
-    role = (r < t).long() + ((r < t) & (r > 0)).long()           # 0, 1, 2
+    """How many rows have r = t, r = 0, and another r < t. Balance and derivative rely on this order
+    (flowmap.flow_map_times makes it); raises ValueError for any other."""
+    role = torch.where(r == t, 0, torch.where(r == 0, 1, 2))
     if (role.diff() < 0).any():
         raise ValueError("times out of order: rows with r = t must come first, then those with "
                          "r = 0, then the others")
@@ -156,7 +157,8 @@ def roles_of(t, r) -> tuple[int, int, int]:
 
 def draw_rollout(c: Config, shape, key: int, slots) -> Rollout:
     """N, k and the noise of a rollout of clips (F, C, H, W) of this shape."""
-    draws, budgets = distributed.generator(c.seed, key, "rollout"), cli.positive_ints(c.budgets)
+    draws = distributed.generator(c.seed, key, "rollout")
+    budgets = cli.positive_ints(c.budgets)
     steps = budgets[int(torch.randint(len(budgets), (1,), generator=draws))]
     k = int(torch.randint(steps, (1,), generator=draws))
     z_1 = distributed.noise(shape, c.seed, key, "rollout", slots=slots)
@@ -200,7 +202,8 @@ def flow_map_error(student, batch: Batch, c: Config, teacher=None) -> torch.Tens
     flow_rows = min(batch.roles[0], len(x) - 1) if batch.some_gap else len(x)
     return meanflow.meanflow_error(student, x, batch.n, batch.t, batch.r, context, null_context,
                                    batch.dropped, c.forward_settings, flow_rows=flow_rows,
-                                   guided_rows=batch.guided_rows, v=v, tangent=batch.tangent)
+                                   guided_rows=batch.guided_rows, v=v,
+                                   tangent_scale=batch.tangent_scale)
 
 
 @torch.no_grad()
@@ -236,29 +239,29 @@ def whole_clip_error(student, batch: Batch, c: Config) -> torch.Tensor:
 
 
 def roll_out(student, batch: Batch, rollout: Rollout, c: Config, graph: str = "", made=None):
-    """Stage distill: yields each chunk's z_0 of the student's clip, by backward simulation against
-    the student's own cache, as in generation; nothing is the data's.
+    """Stage distill: yields z_0 of each chunk of a clip that the student makes, by backward
+    simulation against its own cache, as in generation; nothing comes from the data.
 
-    graph: "last" or "all" chunks keep theirs, or none. made (B, F, C, H, W): the clip of a rollout
-    before, whose chunks are made again, each against the cache of what was made.
+    graph: which chunks are made with gradient: "all", the "last", or "", none. made
+    (B, F, C, H, W): the clip of an earlier pass over this rollout, which then fills the cache, so
+    that each chunk is made again from the same past.
     """
-    simulation, device = backward_sim.SIMULATIONS[c.rollout], batch.x.device
-    renoise = (distributed.sent(noise, device) for noise in rollout.renoise)
-    context, start = batch.context(batch.text), 0
-    z_1 = distributed.sent(rollout.z_1, device)
-    for frames in chunks_of(c, z_1.shape[1]):
-        stop = start + frames
-        is_last = stop == z_1.shape[1]
-        with torch.set_grad_enabled(graph == "all" or (graph == "last" and is_last)):
+    simulation = backward_sim.SIMULATIONS[c.rollout]
+    device = batch.x.device
+    z_1 = distributed.to_device(rollout.z_1, device)
+    renoise = (distributed.to_device(noise, device) for noise in rollout.renoise)
+    context = batch.context(batch.text)
+    frames = z_1.shape[1]
+    for noise in z_1.split(chunks_of(c, frames), 1):
+        start, stop = context.start, context.start + noise.shape[1]
+        with torch.set_grad_enabled(graph == "all" or (graph == "last" and stop == frames)):
             u = flowmap.conditioned(student, context)
-            z_0 = simulation(u, z_1[:, start:stop], rollout.grid, rollout.k,
-                             lambda shape: next(renoise))
+            z_0 = simulation(u, noise, rollout.grid, rollout.k, lambda shape: next(renoise))
         yield z_0
-        if not is_last:
+        if stop < frames:
             clean = z_0.detach() if made is None else made[:, start:stop]
             with torch.no_grad():
                 context = append_chunk(student, context, clean, c.full_chunks)
-        start = stop
 
 
 def score_gradient(z_0, teacher, fake, batch: Batch, c: Config) -> torch.Tensor:

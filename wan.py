@@ -281,7 +281,7 @@ def load_apart(path, base=None) -> tuple[ModelConfig, Tensors, dict | None]:
     adapter["tensors"] = tensors
     below, state, first = load_apart(place, None if place == base else base)
     _, state = as_asked(below, state, config.second_time, config.compressed)
-    return config, state, stacked(first, adapter) if first else adapter
+    return config, state, as_one(first, adapter) if first else adapter
 
 
 def base_of(stage, adapter: dict, other=None):
@@ -298,7 +298,7 @@ def base_of(stage, adapter: dict, other=None):
     return places[0]
 
 
-def stacked(first: dict, second: dict) -> dict:
+def as_one(first: dict, second: dict) -> dict:
     """One adapter (`load_apart`) in place of `second` on a base with `first`: merged, they would be
     lost in bf16 weights."""
     tensors = first["tensors"]

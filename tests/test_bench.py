@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -126,7 +125,7 @@ def test_three_adapters_need_one_base():
     """bf16, one process: distill keeps the base once, at two bytes a weight, and three adapters at
     four, of which teacher and fake score leave the second time embedder as it is."""
     case, world = case_of(ALONE, stage="distill", lora_rank=2, bf16=True), distributed.start("cpu")
-    kept, full = (plan.kept(*plan.build(some, world, nullcontext))
+    kept, full = (plan.kept(*plan.build(some, world))
                   for some in (case, case_of(case, lora_rank=0)))
     student, c = kept["EMA"], TINY.config
     score = student - 4 * (2 * (c.freq_dim + c.dim) + 2 * 2 * c.dim)
@@ -304,7 +303,7 @@ def drawn(case: plan.Case) -> updates.Batch:
 
 def trained(case: plan.Case, batch: updates.Batch) -> None:
     """A real update on one process."""
-    nets, parts = plan.build(case, WORLD, nullcontext)
+    nets, parts = plan.build(case, WORLD)
     log = distributed.Sums(train.LOGGED[case.c.stage])
     train.update(case.c, nets, parts, iter([batch]), 0, WORLD, log)
 
@@ -354,7 +353,7 @@ def test_recipes_take_as_many_clips_at_once_as_the_plan(preset):
         base = ["--base", "weights"] if stage == "pretrain" else []
         c = parse_config(["--preset", preset, "--stage", stage, *base])
         args = bench.parse_args(["plan", "--preset", preset])
-        planned = bench.case_of(args, stage, c.checkpointing).c
+        planned = bench.case_of(args, stage, c.checkpointing, False).c
         assert c.micro_batch == planned.micro_batch == 1
         for name in ("lora_rank", "lora_alpha", "checkpointing", "bf16"):
             assert getattr(c, name) == getattr(planned, name), name

@@ -51,7 +51,7 @@ def case_of(stage, causal, rank, **more) -> plan.Case:
 def update(case: plan.Case, monkeypatch, mode=None) -> None:
     """A real update of four clips, `mode` watching all but the optimiser's step."""
     c = replace(case.c, micro_batch=4, batch_size=4, text_drop=0.5)
-    nets, parts = plan.build(case, WORLD, nullcontext)
+    nets, parts = plan.build(case, WORLD)
     monkeypatch.setattr(train, "optimizer_step", lambda *args: 1.0)
     batch = updates.draw_batch(c, Source(), WORLD, 0, 0)
     log = distributed.Sums(train.LOGGED[c.stage])
@@ -149,7 +149,7 @@ def test_what_is_sent_has_no_place_twice():
     batch = updates.draw_batch(replace(Config(), stage="flowmap", preset="tiny", batch_size=4),
                                Source(), WORLD, 0, 0)
     assert batch.null_text.stride(0) == 0
-    assert distributed.sent(batch.null_text, torch.device("cpu")).equal(batch.null_text)
+    assert distributed.to_device(batch.null_text, torch.device("cpu")).equal(batch.null_text)
     made = []
     class OnGPU:
         type = "cuda"
@@ -162,5 +162,5 @@ def test_what_is_sent_has_no_place_twice():
             return self
         def to(self, device, non_blocking):
             return self
-    distributed.sent(Host(), OnGPU())
+    distributed.to_device(Host(), OnGPU())
     assert made == ["contiguous", "pinned"]

@@ -169,7 +169,7 @@ def test_the_targets_derivative_warms_up(step, tangent):
 
 def test_distills_cotraining_has_no_warmup():
     c = settings("distill", tangent_warmup=4)
-    assert updates.draw_batch(c, Source(), WORLD, 1, 0).tangent == 1
+    assert updates.draw_batch(c, Source(), WORLD, 1, 0).tangent_scale == 1
 
 
 def test_flowmap_learns_the_guided_velocity_of_the_frozen_teacher():
@@ -550,7 +550,8 @@ def test_levels_have_the_methods_laws_and_no_noise_is_used_twice(stage, more):
 def test_ranks_agree_on_what_changes_the_graph_and_not_on_noise():
     def agreed(batch):
         rollouts = [rollout for rollout in (batch.rollout, batch.fake_rollout) if rollout]
-        return (batch.chunks, batch.start, batch.some_gap, batch.tangent, batch.whole_t is None,
+        return (batch.chunks, batch.start, batch.some_gap, batch.tangent_scale,
+                batch.whole_t is None,
                 [(rollout.grid, rollout.k) for rollout in rollouts])
     for c in (settings("flowmap", causal=True, bidirectional_fraction=0.5),
               settings("distill", causal=True, fake_rollout="fresh")):

@@ -260,6 +260,8 @@ CASES = [
     ("sample", [*RUN, *PROMPT, "--width", "64"], "--height, --width: run/", "leave them out"),
     ("sample", [*RUN, *PROMPT, "--save-latents", "made", "--vbench"],
      "--save-latents and --vbench", "one of them"),
+    ("sample", [*RUN, *PROMPT, "--vbench", "--sheet", "s.png"], "--vbench and --sheet", "one of"),
+    ("sample", [*RUN, *PROMPT, "--grid", "1,0", "--shift", "3"], "--grid and --shift", "one of"),
     ("sample", [*CAUSAL, *PROMPT, "--frames", "2", "--video", "clips/a.gif"],
      "clips/a.gif: 3 frames", "one more must be left"),
     ("sample", [*RUN, "--prompts", "prompts.json"], "prompts.json", "expected a list"),

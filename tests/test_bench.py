@@ -375,6 +375,22 @@ def test_command_line(capsys):
         assert message in capsys.readouterr().err
 
 
+def test_what_a_gpu_took_stands_beside_what_was_planned(monkeypatch, capsys):
+    """Of each update as it is, then compiled; a stand-in measures and plans."""
+    def gpu(cases, others, world, kinds):
+        return [{"what": f"{case.c.stage} {kind}", "seconds": 1.0, "tflop": 1.0,
+                 "utilisation": 0.5, "peak": 1e9} for kind in (0, 1) for case in cases]
+    monkeypatch.setattr(speed, "gpu", gpu)
+    monkeypatch.setattr(plan, "memory_by_layers",
+                        lambda case: {"peak": 1e9 * (STAGES.index(case.c.stage) + 2)})
+    bench.main(["gpu", "--preset", "tiny", "--device", "cpu"])
+    out = capsys.readouterr().out
+    for stage, planned, forms in (("pretrain", 2, 1), ("flowmap", 3, 2), ("distill", 4, 2)):
+        for kind in (0, 1):
+            row = f"| {stage} {kind} | 1.000 | 1.0 | 0.500 | 1.0 | {planned}.0 |"
+            assert out.count(row) == forms
+
+
 def test_traffic_is_what_comes_from_other_processes():
     gpus = 4
     found, count = plan.memory(replace(TINY, gpus=gpus)), parameters(gpus, second_time=False)

@@ -367,7 +367,8 @@ def check(c: Config, given: dict, parser) -> None:
     need(FRACTIONS, lambda value: 0 <= value <= 1, "lie in [0, 1]")
     need(["seed"], lambda value: 0 <= value < 1_000_000,
          "lie in [0, 1000000); higher ones are for clips that eval.py holds back")
-    need(["epsilon"], lambda value: value <= 0.5, "be at most 0.5, the half width of all times")
+    need(["epsilon"], lambda value: 1e-6 <= value <= 0.5,
+         "lie in [1e-6, 0.5]: fp32 times are 6e-8 apart, and all times 1")
     need(AT_LEAST_0, lambda value: value >= 0, "be at least 0")
     for name in ("chunks", "full_chunks", "bidirectional_fraction"):
         if name in given and not c.causal:
@@ -375,6 +376,9 @@ def check(c: Config, given: dict, parser) -> None:
     for name, stage in ONLY_IN.items():
         if name in given and c.stage != stage:
             parser.error(f"{flag_name(name)} is for stage {stage}")
+    for name in OF_THE_FLOW_MAP:
+        if name in given and c.stage == "pretrain":
+            parser.error(f"{flag_name(name)} is for stages flowmap and distill")
     if c.causal and c.stage == "pretrain":
         parser.error("--causal is for stages flowmap and distill: they start from the teacher of "
                      "whole clips; leave it out of stage pretrain")

@@ -466,7 +466,8 @@ class FlowMapDiT(nn.Module):
         e = self.time_embed(time_features(t, c.freq_dim, c.time_scale).to(dtype), adapter)
         # The adapters of teacher and fake score, which know one time, leave r_embed out.
         if c.second_time and (not adapter or adapter in self.r_embed.up.adapters):
-            second = time_features(t - r if c.added else r, c.freq_dim, c.time_scale)
+            second = (t - r).clamp(min=0) if c.added else r      # given frames have t = 0 < r
+            second = time_features(second, c.freq_dim, c.time_scale)
             e_r = self.r_embed(second.to(dtype), adapter)
             e = e + e_r if c.added else (1 - c.gate) * e + c.gate * e_r
         return e

@@ -29,6 +29,7 @@ class Weights:
     scores: tuple = ()               # of teacher and fake score, without adapters
     adapters: dict = field(default_factory=dict)     # by name; tensors None: a fresh one
     below: dict | None = None        # of a base that is an adapter stage: its adapter, kept apart
+    base_sha256: str = ""            # with adapters, of the base as it was read
 
 
 def names_of(c: Config) -> list[str]:

@@ -143,7 +143,12 @@ def thinned(rows: list[dict]) -> list[dict]:
     some = max(1, -(-len(rows) // 60))
     parts = [rows[i:i + some] for i in range(0, len(rows), some)]
     return [rounded({key: statistics.fmean(row[key] for row in part if key in row)
-                     for key in part[0]}) | {"step": part[-1]["step"]} for part in parts]
+                     for key in keys_of(part)}) | {"step": part[-1]["step"]} for part in parts]
+
+
+def keys_of(rows: list[dict]) -> list[str]:
+    """All, in order: not every row of a log has every quantity."""
+    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def missing(names: list[str], seed: int) -> list[str]:
@@ -270,7 +275,7 @@ def healthy(found: dict, stage: str, data: str, but=None) -> list[list[dict]]:
 def draw_log(path: Path, title: str, rows: list[dict], normal: list[list[dict]]) -> None:
     """Each quantity of a log in red, over those of others in grey."""
     from matplotlib.figure import Figure
-    keys = [key for key in rows[0] if key not in ("step", "lr", "seconds", "skipped")]
+    keys = [key for key in keys_of(rows) if key not in ("step", "lr", "seconds", "skipped")]
     columns = min(5, len(keys))
     lines = math.ceil(len(keys) / columns)
     size = max(5, 2.2 * columns), 2.1 * lines

@@ -311,7 +311,7 @@ def read_prompts(args) -> list[str]:
         if path.suffix == ".json":
             captions += read_list(path)
         else:
-            captions += filter(None, map(str.strip, cli.read_text(path).splitlines()))
+            captions += filter(None, map(str.strip, cli.read_text(path).split("\n")))
     if not captions:
         raise ValueError(f"--prompts {path}: holds no prompt; write one a line")
     for prompt in captions + [prompt for _, prompt in args.prompt_at]:

@@ -160,6 +160,9 @@ def train(c: Config) -> Path:
             runs.check_set(c, source)
         chunks_of(c, source.latent_shape[0])         # raises, before anything is loaded
         weights = networks.find_weights(c)
+        if c.lora_rank:                              # now: it may change before the stage ends
+            weights.base_sha256 = distributed.on_main(
+                lambda: wan.fingerprint(weights.student[1]), world)
         runs.fit_to(source, weights.config, weights.student[1], c)
         nets = networks.build(c, weights.config, world, weights.below)
         networks.fill(nets, weights, c, world)
@@ -247,7 +250,7 @@ def save_stage(c: Config, stage: Path, ema: dict, weights: networks.Weights, wor
         inside = base.is_relative_to(os.path.abspath(c.run_dir))
         adapter = {"rank": c.lora_rank, "alpha": c.lora_alpha,
                    "base": os.path.relpath(base, stage) if inside else str(base),
-                   "base_sha256": wan.fingerprint(base) if world.is_main else "",
+                   "base_sha256": weights.base_sha256,
                    "targets": [*lora.TARGETS, *lora.REPLACED]}
     checkpoint.save_model(stage, ema, weights.config, world.is_main, adapter)
     distributed.barrier(world)

@@ -524,7 +524,7 @@ def export_adapter(stage, to) -> Path:
         raise ValueError(f"{to} is there already: give a new file")
     scale = adapter["alpha"] / adapter["rank"]
     state = {}
-    for name, tensor in tensors.items():
+    for name, tensor in as_flow_map(tensors).items():            # a teacher's for both times
         path, part = name.rsplit(".", 1)
         path = their_name(path, "diffusers")
         if part == "down":

@@ -280,21 +280,22 @@ def test_shards_of_other_settings_do_not_mix(base, videos, shards, tmp_path):
     assert len(data.Shards(tmp_path / "out")) == 3
 
 
-def test_an_adapter_alone_is_loaded_by_diffusers(base, shards, tmp_path):
+@pytest.mark.parametrize("stage", STAGES[:2])
+def test_an_adapter_alone_is_loaded_by_diffusers(base, shards, tmp_path, stage):
     """The base as a flow map, the adapter as a LoRA file: the latents of the merged weights."""
     import diffusers
     pytest.importorskip("peft")
     run = tmp_path / "run"
     flags = flags_of("--lora-rank 4 --lora-alpha 12 --steps 3 --lr 3e-2 --warmup 0 --ema-start 0 "
                      "--ema-decay 0")
-    for stage in STAGES[:2]:
-        start = ["--base", base] if stage == "pretrain" else []
-        trained(run, stage, shards, *flags, *start)
+    for name in STAGES[:STAGES.index(stage) + 1]:
+        start = ["--base", base] if name == "pretrain" else []
+        trained(run, name, shards, *flags, *start)
     wan.main(flags_of(f"export {base} --to {tmp_path / 'start'} --base {base}"))
-    wan.main(flags_of(f"export {run / 'flowmap'} --to {tmp_path / 'lora.safetensors'}"))
-    wan.main(flags_of(f"export {run / 'flowmap'} --to {tmp_path / 'merged'} --base {base}"))
+    wan.main(flags_of(f"export {run / stage} --to {tmp_path / 'lora.safetensors'}"))
+    wan.main(flags_of(f"export {run / stage} --to {tmp_path / 'merged'} --base {base}"))
     with pytest.raises(ValueError, match="is there already"):
-        wan.export_adapter(run / "flowmap", tmp_path / "lora.safetensors")
+        wan.export_adapter(run / stage, tmp_path / "lora.safetensors")
     plain = diffusers.AnyFlowPipeline.from_pretrained(tmp_path / "start")
     whole = diffusers.AnyFlowPipeline.from_pretrained(tmp_path / "merged")
 

@@ -364,6 +364,24 @@ def test_adapters_of_different_bases_do_not_mix(tmp_path, monkeypatch):
     trained("moved", "distill", steps=1)
 
 
+def test_an_adapter_vouches_for_the_base_that_it_was_trained_on(tmp_path, monkeypatch):
+    """Not for one that took its place before the stage ended."""
+    import train
+    base, stage, save = tmp_path / "base", tmp_path / "run" / "flowmap", train.save_stage
+    config = replace(CONFIG, second_time=False, compressed=False)
+    saved_stage(base, config)
+
+    def replaced_before(*args):
+        saved_stage(base, config, scale=0.3)
+        save(*args)
+    monkeypatch.setattr(train, "save_stage", replaced_before)
+    trained(tmp_path / "run", "flowmap", "--base", str(base), "--lora-rank", "2", steps=1)
+    with pytest.raises(ValueError, match="adapts other weights than"):
+        wan.load(stage)
+    saved_stage(base, config)
+    wan.load(stage)
+
+
 def test_a_fresh_adapter_is_even_around_zero_and_no_two_layers_start_alike():
     net = FlowMapDiT(PRESETS["tiny"])
     lora.add_adapter(net, "new", 4, 8.0)

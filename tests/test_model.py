@@ -51,6 +51,9 @@ def test_an_added_time_embedding_starts_as_the_teacher_and_knows_the_gap_only():
     part = [student.embed_times(t, t - gap, "") - plain for gap in (r, r.flip(0))]
     torch.testing.assert_close(part[0], part[1].flip(0), rtol=1e-3, atol=1e-3)
     assert (student(z, t, r, text) - teacher(z, t, r, text)).abs().max() > 1e-3
+    given = torch.zeros_like(t)                          # the t of frames whose r is the others
+    torch.testing.assert_close(student.embed_times(given, r, ""),
+                               student.embed_times(given, given, ""))
 
 
 def test_one_time_a_clip_is_the_same_time_for_every_frame():

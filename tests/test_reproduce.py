@@ -111,6 +111,8 @@ def test_logs_are_thinned_to_means():
     assert len(thin) == 60 and thin[0]["loss"] == 1.5 and thin[-1] == {
         "step": 1200, "loss": 119.5, "seconds": 1.0}
     assert reproduce.thinned(log[:5]) == log[:5]
+    log[1]["err_whole"] = 3.0                            # not every row has it
+    assert reproduce.thinned(log)[0]["err_whole"] == 3.0
 
 
 def test_a_script_that_fails_is_quoted(tmp_path):

@@ -463,6 +463,13 @@ def test_what_is_trained_on_clips_of_a_toy_model_is_sampled_with_its_encoders(fi
     assert clip.shape == (8, 3, 16, 16)
 
 
+def test_a_prompt_ends_where_its_line_does_and_nowhere_else(tmp_path):
+    text = "a red\u2028circle\r\n\n a box \n"
+    (tmp_path / "p.txt").write_bytes(text.encode())
+    args = SimpleNamespace(prompt=[], prompts=tmp_path / "p.txt", prompt_at=[])
+    assert sample.read_prompts(args) == ["a red\u2028circle", "a box"]
+
+
 def test_a_row_of_frames_is_magnified_where_they_are_small_alone(tmp_path):
     for side, height in ((16, 18 * 7), (200, 202)):
         media.write_clip(tmp_path / "clip.png", torch.zeros(2, 3, side, side), 8)

@@ -124,7 +124,7 @@ HEALTHY = ("teacher", "flowmap", "student",
            *(name for name in RUNS if name.startswith(("digits", "loop", "causal"))))
 # Whose log and contact sheet are kept as pictures, of the first seed, for docs/runs.md.
 SHOWN = ("teacher", "flowmap", "student", "student-no-cotraining",
-         *(name for name in RUNS if name.startswith("broken")))
+         *(name for name in RUNS if name.startswith("broken") and RUNS[name].stage))
 
 # Each rule is evaluated as it stands, seed by seed: ed, ed_teach and acc of a run at so many steps;
 # sd, over the seeds, of ed if no other is named; best, the least ed; drift, the Frechet distance of

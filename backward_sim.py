@@ -4,7 +4,7 @@ Pure functions of a callable u(z, t, r) and a grid 1 = t_0 > ... > t_N = 0, the 
 """
 import torch
 
-from flowmap import consistency_sample, euler_sample, flow_map, interpolate
+from flowmap import check_grid, consistency_sample, euler_sample, flow_map, interpolate
 
 
 def flow_map_simulation(u, z_1: torch.Tensor, grid, k: int, renoise=None) -> torch.Tensor:
@@ -18,6 +18,7 @@ def flow_map_simulation(u, z_1: torch.Tensor, grid, k: int, renoise=None) -> tor
     Flow maps compose: an exact u gives the z_0 of the whole rollout. Raises ValueError for a k
     outside the grid, and for a grid that is none.
     """
+    check_grid(grid)
     if not 0 <= k < len(grid) - 1:
         raise ValueError(f"step k = {k} of a rollout of {len(grid) - 1} steps: 0 is the first")
     # A set, so that a shortcut of no length drops out: t_k = 1 at k = 0, t_{k+1} = 0 at k = N - 1.
@@ -28,6 +29,7 @@ def flow_map_simulation(u, z_1: torch.Tensor, grid, k: int, renoise=None) -> tor
 def consistency_simulation(u, z_1: torch.Tensor, grid, k: int, renoise) -> torch.Tensor:
     """The baseline: N calls of the consistency sampler, gradient through the last one only.
     renoise: as for flowmap.consistency_sample."""
+    check_grid(grid)
     z, t = z_1, torch.full((len(z_1),), grid[-2], device=z_1.device)
     if len(grid) > 2:
         with torch.no_grad():

@@ -118,8 +118,8 @@ def newest(cache: tuple, count: float) -> tuple:
 
 def append_chunk(network, context: Context, z_0: torch.Tensor, full_chunks: int,
                  window: int = 0) -> Context:
-    """The context of the next chunk, once z_0 (B, F, C, H, W) is finished. context: of this
-    function, or without a cache.
+    """The context of the next chunk, once z_0 (B, F, C, H, W) is finished. context: what
+    this made for the chunk before, or one without a cache.
 
     The next chunk sees itself and the `full_chunks` - 1 chunks before it in full, older ones
     compressed (0: all in full). A chunk that leaves the full ones is compressed once: it sees only

@@ -103,7 +103,7 @@ RUNS = {
                           steps="8,32", seeds=1),
     "broken-text": Run("pretrain", "", "--steps 3000 --text-drop 0 --guidance 2", steps="8,32",
                        seeds=1),
-    # Beside it: no guidance, whose empty prompt is not asked; and with prompts that were dropped.
+    # Beside it: sampled without guidance, which asks no empty prompt; a healthy one, in both ways.
     "broken-text-unguided": Run("", "broken-text", "--guidance 1", steps="8,32", seeds=1),
     "healthy-text": Run("pretrain", "", "--steps 3000 --guidance 2", steps="8,32", seeds=1),
     "healthy-text-unguided": Run("", "healthy-text", "--guidance 1", steps="8,32", seeds=1),

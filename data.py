@@ -289,14 +289,14 @@ class Shards:
     w), `text` (n, T, D) and its captions, and manifest.json, which lists them with counts and
     checksums. For image-to-video networks also what these are told of first frames: `image` (n, I,
     image_dim) and `condition` (n, F, image_channels, h, w); `conditioning` names what is there.
-    codec: that of a toy model which made them (runs.open_source); None where they are Wan's.
+    codec, words: of the toy model that made them (runs.add_encoders); None where that is Wan.
 
     Raises ValueError for a shard that is missing or not as long as the manifest says, and in `draw`
     for a clip that is not what was written.
     """
 
     def __init__(self, path):
-        self.path, self.codec = Path(path), None
+        self.path, self.codec, self.words = Path(path), None, None
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text("utf-8"))
             self.places = [(shard, row) for shard in self.manifest["shards"]

@@ -116,8 +116,8 @@ SAMPLERS = {"euler": euler_sample, "consistency": consistency_sample}
 
 
 def first_frames_given(u, given: torch.Tensor):
-    """u(z, t, r) for clips whose first G frames are given, as clean latents (B, G, ...): what makes
-    image-to-video of a network of whole clips.
+    """u(z, t, r) for clips whose first G frames are given, as clean latents (B, G, ...): this
+    turns a network of whole clips into image-to-video.
 
     The given frames are seen at t = 0 in place of z's own, and do not move. They keep the r of the
     others, r > t: AnyFlow's published weights are sampled so; no network here is trained so.

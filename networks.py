@@ -1,8 +1,8 @@
 """The networks of a stage: which weights it starts from, and how they are laid over the processes.
 
 A network is made on the meta device, sharded, given memory and then filled tensor by tensor, so
-that no rank ever holds the whole of it, but of fresh weights. With adapters, all networks of a
-stage share one frozen base.
+that no rank ever holds the whole of it, unless its weights are fresh. With adapters, all networks
+of a stage share one frozen base.
 """
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial

@@ -79,8 +79,9 @@ def make(name: str, seed: int, device: str, before=None) -> dict:
 
 
 def real_data(name: str, seed: int) -> str:
-    """The toy set that a run, or the one before which made its clips, was trained on."""
-    return settings(claims.RUNS[name].after if claims.RUNS[name].made else name, seed)[-2]["data"]
+    """The toy set that a run was trained on, or the run that made its clips."""
+    before = claims.RUNS[name].after
+    return real_data(before, seed) if claims.RUNS[name].made else settings(name, seed)[-2]["data"]
 
 
 def make_clips(name: str, seed: int, device: str) -> None:

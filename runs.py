@@ -211,8 +211,7 @@ def open_source(c: Config, fresh: bool):
         source = data.open_data(c.data, c.frames, c.size)
         if isinstance(source, data.Shards):
             if (source.path / CODEC).exists():           # a toy model made them
-                source.codec = read_codec(source.path / CODEC)
-                source.words = encoders.Words(source.manifest["made_by"]["vocabulary"])
+                add_encoders(source, c)
             return source
         places = [Path(origins(c).get("student", "none")) / CODEC]
         places += [] if fresh else [stage_folder(c) / CODEC]
@@ -226,6 +225,24 @@ def open_source(c: Config, fresh: bool):
         return encoders.Encoded(source, codec, words)
     except ValueError as error:
         raise ValueError(f"--data {c.data}: {error}") from None
+
+
+def add_encoders(source, c: Config) -> None:
+    """Those that shards of a toy model bring along. Raises ValueError where they are not those of
+    the weights that the stage starts from, or clips not as long and large as asked."""
+    source.codec = read_codec(source.path / CODEC)
+    source.words = encoders.Words(source.manifest["made_by"]["vocabulary"])
+    frames = source.codec.frames(source.latent_shape[0])
+    size = source.latent_shape[2] * source.codec.pixels
+    if (frames, size) != (c.frames, c.size):
+        raise ValueError(f"holds clips of --frames {frames} --size {size}, not {c.frames} and "
+                         f"{c.size}")
+    place = Path(origins(c).get("student", "none")) / CODEC
+    if place.exists():
+        before = vars(read_codec(place))
+        if not all(torch.equal(x, before[name]) for name, x in vars(source.codec).items()):
+            raise ValueError(f"its latents are of another codec than {place}: make the shards with "
+                             "weights that have this one")
 
 
 def set_of(source) -> dict:

@@ -37,7 +37,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--stage", type=cli.choice(STAGES), metavar="NAME",
         help="pretrain, flowmap or distill (default: the furthest that is finished)")
     add("--steps", type=int, least=1, default=4,
-        help="of each chunk, any number from 1 up: a call each, two with guidance (default 4)")
+        help="steps a chunk, 1 or more: one network call each, two with guidance (default 4)")
     add("--grid", metavar="T,...", help="times from 1 to 0, in place of --steps (default none)")
     add("--shift", type=float, help="timestep shift of the grid (default: the one trained with)")
     add("--seed", type=int, default=0, help="of the first clip; others count on (default 0)")

@@ -256,6 +256,10 @@ def test_flow_map_simulation_makes_at_most_three_calls_all_with_gradient(steps, 
 
 
 def test_steps_outside_the_rollout_are_refused():
+    for bad in ([0.9, 0.5, 0.0], [1.0, 0.5], [1.0, 0.3, 0.6, 0.0], [1.0, 0.5, 0.5, 0.0]):
+        for simulation in backward_sim.SIMULATIONS.values():
+            with pytest.raises(ValueError, match="must fall strictly from 1 to 0"):
+                simulation(None, torch.zeros(1, 1), bad, 0, None)
     with pytest.raises(ValueError, match="step k = 4 of a rollout of 4"):
         backward_sim.flow_map_simulation(None, torch.ones(1), flowmap.time_grid(4, 1.0), 4)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import data
 import distributed
 import eval as evaluation
@@ -453,6 +454,14 @@ def test_what_is_trained_on_clips_of_a_toy_model_is_sampled_with_its_encoders(fi
     common = ["--preset", "tiny", "--run-dir", str(run), "--data", str(made), "--steps", "1"]
     train.main([*common, "--stage", "flowmap", "--tangent-warmup", "0", "--base", str(teacher)])
     train.main([*common, "--stage", "distill"])
+    flags = [*common, "--stage", "flowmap", "--tangent-warmup", "0", "--base", str(teacher)]
+    with pytest.raises(ValueError, match="holds clips of --frames 8 --size 16, not 4 and 16"):
+        train.train(train.parse_config([*flags, "--frames", "4", "--fresh"]))
+    codec = dict(checkpoint.read_tensors(made / runs.CODEC))
+    (made / runs.CODEC).unlink()
+    checkpoint.write_tensors(made / runs.CODEC, codec | {"mean": codec["mean"] + 0.1}, {})
+    with pytest.raises(ValueError, match="of another codec than .*pretrain"):
+        train.train(train.parse_config([*flags, "--fresh"]))
     shutil.rmtree(made)
     first = sample.load_pipeline(teacher)
     found = sample.load_pipeline(run / "distill")

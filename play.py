@@ -209,8 +209,9 @@ class Player:
         sizes = {} if runs.finished(folder) else {f"--{x}": getattr(self.args, x) for x in SIZES}
         flags = {"--ckpt": folder, "--base": self.args.base, "--prompt": asked["prompt"],
                  "--seed": asked["seed"], "--steps": asked["steps"], **sizes,
-                 "--sampler": None if sampler == "euler" else sampler,
-                 "--frames": frames or None}
+                 "--sampler": None if sampler == "euler" else sampler}
+        if frames:
+            flags["--frames"] = frames
         line = [word for flag in flags.items() if flag[1] is not None for word in flag]
         for m, prompt in (prompts or {}).items():
             line += ["--prompt-at", m, prompt]

@@ -27,7 +27,7 @@ import media
 import stages
 from config import parse_config
 from data import Folder, Shards, ShardWriter, open_data, shuffled
-from encoders import PatchPCA, Words, in_parts
+from encoders import Encoded, PatchPCA, Words, in_parts
 from toys import DIRECTIONS, SETS
 
 TOYS = tuple(SETS)
@@ -787,3 +787,58 @@ def test_the_order_of_an_epoch_is_that_of_its_seed():
     orders = {tuple(shuffled(range(first, first + 20), seed, 20))
               for seed in (0, 1, 2) for first in (0, 20)}
     assert len(orders) == 6 and all(sorted(order) == list(range(20)) for order in orders)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_no_clip_of_a_seed_is_one_of_another(name):
+    """At whatever index: eval.py's draws, and those of training, differ in their seeds alone."""
+    clips = torch.cat([open_data(name).clips(range(20), seed)[0] for seed in (0, 1, 10)])
+    assert len({clip.numpy().tobytes() for clip in clips}) == 60
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_what_a_caption_leaves_open_is_drawn_apart(name, monkeypatch):
+    """Start, radius or image of a digit: none follows from another, nor from the caption."""
+    data, seen = open_data(name), []
+    render = data.render
+    monkeypatch.setattr(data, "render", lambda *args: seen.append(args) or render(*args))
+    _, captions = data.clips(range(2000))
+    right = torch.tensor([caption.endswith("right") for caption in captions])
+    number = torch.tensor([data.captions.index(caption) for caption in captions])
+    centre, other = seen[0][:2]                      # (B, T, 2), and radius (B,) or image (B,)
+    drawn = torch.stack([number, *centre[:, 0].T, other])[:, right]
+    assert (torch.corrcoef(drawn) - torch.eye(4)).abs().max() < 0.25
+    x = centre[..., 0]                               # up to both edges, over all directions
+    assert abs(x.min() + x.max() - 16) < 0.5
+
+
+def test_a_digit_is_drawn_as_its_image_and_named_by_its_label():
+    digits = open_data("digits", 1, 64)              # a pixel of an image is 5 x 5 here
+    drawn = digits.render(torch.full((100, 1, 2), 32.0), torch.arange(100))[:, 0]
+    torch.testing.assert_close(drawn[:, 14:52:5, 14:52:5], digits.images[:100])
+    assert digits.labels(["a handwritten seven moving up"])["digit"] == 7
+    assert digits.labels(["a handwritten two moving up"])["digit"] == 2
+
+
+@pytest.mark.parametrize("sides", [(64, 128), (128, 64)])
+def test_of_a_wide_picture_the_middle_is_shown(tmp_path, sides):
+    framed = np.full((*sides, 3), 255, np.uint8)
+    top, left = (side // 2 - 32 for side in sides)
+    framed[top:top + 64, left:left + 64] = UPRIGHT
+    Image.fromarray(framed).save(tmp_path / "wide.png")
+    assert (quarters(media.read_picture(tmp_path / "wide.png", 64, 64)) == QUARTERS).all()
+
+
+def test_a_gif_plays_for_ever(tmp_path):
+    media.write_clip(tmp_path / "clip.gif", torch.randn(3, 3, 16, 16), 8)
+    with Image.open(tmp_path / "clip.gif") as gif:
+        assert gif.info["loop"] == 0
+
+
+def test_the_stand_in_draws_with_its_seed():
+    """Else all seeds and stages of a toy run would see the same clips."""
+    data = open_data("shapes")
+    codec, words = PatchPCA.fit(data.clips(range(32))[0]), Words.of(data.captions)
+    clips, captions = data.clips(range(4), seed=7)
+    x, text, _ = Encoded(data, codec, words).draw(range(4), seed=7)
+    assert torch.equal(x, codec.encode(clips)) and torch.equal(text, words(captions))

@@ -333,3 +333,54 @@ def test_a_run_is_trained_with_its_seed(tmp_path, monkeypatch):
     reproduce.make("teacher", 2, "cpu")
     (words,) = told
     assert words[words.index("--seed") + 1] == 2
+
+
+def test_a_script_has_one_core(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    file = tmp_path / "cores.py"
+    file.write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
+    reproduce.script(tmp_path, file)
+    assert (tmp_path / "output.txt").read_text() == "1\n"
+
+
+def test_a_seed_starts_from_its_own_runs_and_makes_clips_of_its_own_noise(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "FOLDER", tmp_path)
+    told = []
+    monkeypatch.setattr(reproduce, "script", lambda folder, *words: told.append(words))
+    for seed in (1, 2):
+        flags = claims.flags_of("flowmap-synthetic", seed)
+        teacher = tmp_path / f"seed-{seed}" / "teacher"
+        assert flags[flags.index("--base") + 1] == str(teacher / "pretrain")
+        reproduce.make_clips("flowmap-synthetic", seed, "cpu")
+        assert told[-1][told[-1].index("--run-dir") + 1] == teacher
+    one, two = (words[words.index("--seed") + 1] for words in told)
+    assert two - one >= 4800                                     # 48 prompts, 100 clips of each
+
+
+def test_a_run_has_no_more_seeds_than_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "FOLDER", tmp_path)
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    assert reproduce.missing(["broken-guidance"], 0) == ["teacher", "flowmap", "broken-guidance"]
+    assert reproduce.missing(["broken-guidance"], 1) == []
+
+
+def test_a_thinned_log_has_at_most_60_rows():
+    rows = [{"step": i, "loss": 1.0} for i in range(119)]
+    assert [len(reproduce.thinned(rows[:n])) for n in (60, 61, 119)] == [60, 31, 60]
+
+
+def test_a_run_is_measured_where_it_is_trained_and_the_first_seed_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "FOLDER", tmp_path)
+    monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
+    for name, said in (("begun", True), ("finished", True), ("record_of", {}), ("recorded", {})):
+        monkeypatch.setattr(reproduce, name, lambda *run, said=said: said)
+    told = []
+    monkeypatch.setattr(reproduce, "script", lambda folder, *words: told.append(words))
+    for seed in (0, 1):
+        sheet = tmp_path / f"seed-{seed}" / "teacher" / "eval" / "pretrain.png"
+        sheet.parent.mkdir(parents=True)
+        sheet.write_text(f"of seed {seed}")
+        reproduce.make("teacher", seed, "cpu")
+    assert [words[0] for words in told] == ["train.py", "eval.py"] * 2
+    assert all(words[words.index("--device") + 1] == "cpu" for words in told)
+    assert (tmp_path / "results" / "teacher.png").read_text() == "of seed 0"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import checkpoint
 import data
@@ -656,3 +657,67 @@ def test_every_clip_keeps_its_own_given_frames():
     given = few.codec.encode(clips)[:, :1]
     made = pipeline.generate(few, [PROMPTS[0]] * 3, [0, 1, 2], [1.0, 0.0], given=given)
     torch.testing.assert_close(made[:, :2], few.codec.decode(given))
+
+
+def test_prompts_of_an_evaluation_come_in_turn(quick):
+    """As mean_distance takes them: row i is of caption i mod 48. The space has 64 components."""
+    measured = evaluation.EvaluationSet(data.open_data("shapes"), 96, [])
+    assert measured.prompts == measured.captions == 2 * data.open_data("shapes").captions
+    assert measured.kinds == 48 and measured.real[0].shape == (256, 64)
+
+
+def test_a_curve_is_the_mean_over_seeds(tmp_path, monkeypatch):
+    axes, means = pytest.importorskip("matplotlib.axes").Axes, []
+    errorbar = axes.errorbar
+    monkeypatch.setattr(axes, "errorbar", lambda self, x, y, **more: means.append((x, y))
+                        or errorbar(self, x, y, **more))
+    rows = [{"model": "m", "steps": n, "ed": ed} for n, ed in ((2, 5.0), (1, 1.0), (1, 3.0))]
+    assert evaluation.draw_figure(tmp_path / "curve.png", rows)
+    assert means == [([1, 2], [2.0, 5.0])]
+
+
+def test_a_picture_that_clips_start_from_is_known_by_its_bytes(tmp_path):
+    stage, start, found = sample.SHIPPED / "distill", tmp_path / "a.png", []
+    args = sample.parse_args(["--prompt", "a", "--image", str(start)])
+    shipped, options = sample.load_pipeline(stage), {"sampler": "euler", "guidance": 1.0}
+    for content in (b"one", b"another"):
+        start.write_bytes(content)
+        found.append(sample.made_by(args, stage, shipped, ["a"], [0], [1.0, 0.0], options))
+    assert found[0]["start"] != found[1]["start"]
+
+
+def test_shards_of_many_batches_hold_every_seeds_clip_with_its_caption_and_rate(tmp_path,
+                                                                                monkeypatch):
+    stage = sample.SHIPPED / "distill"
+    few = replace(sample.load_pipeline(stage), batch=2, fps=12.0)
+    monkeypatch.setattr(sample, "load_pipeline", lambda *args: few)
+    sample.main(["--ckpt", str(stage), "--prompt", PROMPTS[0], "--prompt", PROMPTS[1],
+                 "--per-prompt", "3", "--steps", "1", "--save-latents", str(tmp_path / "made")])
+    made = json.loads((tmp_path / "made" / "made_by.json").read_text())
+    assert made["fps"] == 12
+    clips = data.Shards(tmp_path / "made").draw(range(6))[0]
+    assert len({clip.numpy().tobytes() for clip in clips}) == 6
+    file, = (tmp_path / "made").glob("part-*.safetensors")
+    with safe_open(str(file), "pt") as shard:
+        assert json.loads(shard.metadata()["captions"]) == [p for p in PROMPTS for _ in range(3)]
+
+
+def test_figures_of_shipped_models_are_not_put_among_them(monkeypatch):
+    def found(folder, flag):
+        raise ValueError(f"in {folder}")
+    monkeypatch.setattr(evaluation.cli, "check_folder", found)
+    for words in (["--run-dir", str(sample.SHIPPED)],
+                  ["--models", str(sample.SHIPPED / "distill")]):
+        with pytest.raises(ValueError, match="^in runs/shipped$"):
+            evaluation.main(words)
+
+
+def test_a_shipped_student_of_another_set_is_not_measured_with_the_others():
+    found = [word for word, _, _ in evaluation.parse_models(sample.SHIPPED, None)]
+    assert found == ["pretrain", "flowmap", "distill", "flowmap:consistency"]
+
+
+def test_a_teacher_has_the_flow_maps_guidance_in_euler_steps_alone():
+    teacher = sample.load_pipeline(sample.SHIPPED / "pretrain")
+    for sampler, expected in (("euler", 2.5), ("consistency", 1.0)):
+        assert evaluation.guidance_of(teacher, sampler, None, [2.5]) == expected

@@ -16,7 +16,7 @@ def flow_map_simulation(u, z_1: torch.Tensor, grid, k: int, renoise=None) -> tor
 
     z_1 (B, ...) noise, k in 0 .. N - 1. At most three calls, all with gradient, whatever N.
     Flow maps compose: an exact u gives the z_0 of the whole rollout. Raises ValueError for a k
-    outside the grid, and for a grid that is none.
+    outside the grid, and as flowmap.check_grid does.
     """
     check_grid(grid)
     if not 0 <= k < len(grid) - 1:

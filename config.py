@@ -368,7 +368,7 @@ def check(c: Config, given: dict, parser) -> None:
     need(["seed"], lambda value: 0 <= value < 1_000_000,
          "lie in [0, 1000000); higher ones are for clips that eval.py holds back")
     need(["epsilon"], lambda value: 1e-6 <= value <= 0.5,
-         "lie in [1e-6, 0.5]: fp32 times are 6e-8 apart, and all times 1")
+         "lie in [1e-6, 0.5]: fp32 times near 1 are 6e-8 apart")
     need(AT_LEAST_0, lambda value: value >= 0, "be at least 0")
     for name in ("chunks", "full_chunks", "bidirectional_fraction"):
         if name in given and not c.causal:
@@ -464,8 +464,8 @@ def micro_steps(c: Config, processes: int) -> int:
 
 
 def learning_rate(c: Config, step: int, peak: float) -> float:
-    """A linear warm-up times a cosine, which falls from 1 at the first step to lr_end at the last:
-    after a long warm-up the rate does not reach the peak."""
+    """A linear warm-up times a cosine, which falls from 1 at the first step to lr_end after the
+    last: unless lr_end is 1, the rate does not reach the peak after a long warm-up."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / c.steps))
     rise = min(1, (step + 1) / max(1, c.warmup))
     return peak * rise * (c.lr_end + (1 - c.lr_end) * cosine)

@@ -87,7 +87,7 @@ def euler_sample(u, z: torch.Tensor, grid, renoise=None) -> torch.Tensor:
     """Follow the flow map over any decreasing grid, one call of u a step: noise z (B, ...) -> z_0.
 
     A network without a second time (a teacher) ignores r, and the step is the ordinary Euler step.
-    renoise: unused, samplers are called alike. Raises ValueError for a grid that is none.
+    renoise: unused, samplers are called alike. Raises ValueError as `check_grid` does.
     """
     check_grid(grid)
     levels = [torch.full((len(z),), t, device=z.device) for t in grid]
@@ -100,7 +100,7 @@ def consistency_sample(u, z: torch.Tensor, grid, renoise) -> torch.Tensor:
     """The consistency sampler, for contrast: jump to z_0, re-noise to the next level, repeat.
 
     renoise(shape of a sample) draws noise for the batch. Each re-noising forgets detail, so more
-    steps may look worse. Raises ValueError for a grid that is none.
+    steps may look worse. Raises ValueError as `check_grid` does.
     """
     check_grid(grid)
     for t, r in zip(grid, grid[1:]):

@@ -208,6 +208,7 @@ def latents(pipeline: Pipeline, captions: list[str], seeds: list[int], grid: lis
 
 
 def check_finite(z_0, captions, seeds) -> None:
+    """Raises ValueError that names the first clip of z_0 (B, F, C, h, w) that is not."""
     finite = z_0.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
         bad = finite.index(False)
